@@ -1,0 +1,182 @@
+"""Recipes: everything a run depends on, as documented dataclasses.
+
+A recipe names a model, a task and one or more stages; a stage trains one adapter with one
+objective. `reftune.config.loader` reads YAML into these classes and reports all faults at once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The frozen base model. `model: nano` is short for `model: {name: nano}`."""
+
+    name: str = "nano"
+    """`nano` (shipped with reftune), a local folder, or a hub name such as `Qwen/Qwen3-0.6B`."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """Precision of the base weights. Adapters always train in float32."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    """Attention kernel."""
+    quantize: Literal["none", "int8", "int4"] = "none"
+    """Load base weights quantised with bitsandbytes (extra `quant`)."""
+    head: Literal["causal", "classification", "seq2seq"] = "causal"
+    """Which head to load: language model, sequence classifier or encoder-decoder."""
+    trust_remote_code: bool = False
+    """Run model code that comes with the checkpoint. Only for sources you trust."""
+    adapter: str | None = None
+    """An adapter or stack folder already applied to the model before the first stage."""
+
+
+@dataclass(frozen=True)
+class TaskSpec:
+    """Where examples come from and how they are scored. `task: gsm8k` is short for the name."""
+
+    name: str = "own"
+    """A task of `reftune methods --tasks`, or `own` for your own data."""
+    data_dir: str | None = None
+    """Folder with local files of a named task. Without it the hub is asked."""
+    train: str | None = None
+    """Own data: a JSONL, CSV or parquet file, or a hub data set name."""
+    validation: str | None = None
+    """Own data: rows that choose checkpoints and settings."""
+    test: str | None = None
+    """Own data: rows that are scored once at the end. Refused as training data."""
+    prompt: str = "prompt"
+    """Own data: field with the prompt, or a template such as `"Question: {question} Answer:"`."""
+    completion: str = "completion"
+    """Own data: field with the text to learn, or a template."""
+    messages: str | None = None
+    """Own data: field with chat messages (role, content); rendered by the chat template."""
+    answer: str | None = None
+    """Own data: field with the short gold answer; default is the completion."""
+    reward: str = "exact"
+    """Own data: how an answer is compared: `exact`, `numeric`, `choice`, `contains`."""
+    train_size: int | None = None
+    """Use the first n training rows (after a seeded shuffle)."""
+    validation_size: int | None = None
+    """Use at most n validation rows."""
+    test_size: int | None = None
+    """Use at most n test rows."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the named task, for instance `{style: prose, group: new}` for `families`."""
+
+
+@dataclass(frozen=True)
+class AdapterSpec:
+    """What is trained. Keys not listed here belong to the method, for instance `rank`."""
+
+    method: str = "loreft"
+    """A registered intervention, or `lora`, `full`, `head_only`."""
+    layers: str | list[int] = "all"
+    """`all`, `late`, a list, ranges `4-7`, negative numbers, fractions `0.5-1.0`."""
+    site: str = "block"
+    """`block` (block output) or a named linear module such as `mlp.up_proj`."""
+    positions: str = "f5+l5"
+    """Tokens to edit: `fP lS last all_prompt generated:K response subject_last all mask`."""
+    train_positions: str | None = None
+    """Tokens to edit while training. Default: the same."""
+    short: Literal["union", "paper", "error"] = "union"
+    """What to do when a prompt is shorter than the positions ask for."""
+    tied: bool = True
+    """One parameter set for all positions; `false`: one for prefix terms, one for suffix terms."""
+    name: str = "default"
+    """Name of the adapter on the model."""
+    options: dict[str, Any] = field(default_factory=dict)
+    """Options of the method (rank, dropout, init ...). In YAML they stand beside `method`."""
+
+
+@dataclass(frozen=True)
+class OptimiserSpec:
+    """AdamW and its schedule."""
+
+    lr: float = 1e-3
+    """Peak learning rate."""
+    weight_decay: float = 0.0
+    """Decoupled decay. Never applied to the orthonormal factor R, norms or biases."""
+    schedule: Literal["linear", "cosine", "constant"] = "linear"
+    """Learning-rate schedule after warm-up."""
+    warmup: float = 0.0
+    """Share of all steps spent warming up."""
+    clip: float = 1.0
+    """Largest gradient norm; 0 switches clipping off."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW moments."""
+    eps: float = 1e-8
+    """AdamW epsilon."""
+
+
+@dataclass(frozen=True)
+class StageSpec:
+    """One stage: train one adapter with one objective."""
+
+    adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    objective: str = "sft"
+    """A registered objective."""
+    objective_options: dict[str, Any] = field(default_factory=dict)
+    """Options of the objective."""
+    optimiser: OptimiserSpec = field(default_factory=OptimiserSpec)
+    epochs: float = 3.0
+    """Passes over the training rows."""
+    max_steps: int | None = None
+    """Stop after this many optimiser steps instead."""
+    batch_size: int = 16
+    """Rows an optimiser step over all processes and accumulation steps."""
+    micro_batch_size: int | None = None
+    """Rows a forward pass; smaller than batch_size means gradient accumulation."""
+    max_len: int = 512
+    """Longest row in tokens; prompts are cut from the left, targets never."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast precision of the forward pass; `auto` is bf16 where the base is bf16 on a GPU."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    checkpoint_every: int = 0
+    """Save a resumable checkpoint every n steps (0: at each epoch)."""
+    evaluate_every: int = 0
+    """Score validation rows every n steps (0: never during training)."""
+    keep: Literal["last", "best"] = "last"
+    """Keep the last weights, or the best by validation loss."""
+
+
+@dataclass(frozen=True)
+class EvaluationSpec:
+    """How answers are produced and scored after training."""
+
+    split: Literal["test", "validation", "none"] = "test"
+    """Rows to score; `none` skips evaluation."""
+    compare_base: bool = True
+    """Score the base model on the same rows too."""
+    batch_size: int = 32
+    """Rows a generation batch."""
+    max_new_tokens: int | None = None
+    """Longest answer; default is the task's own."""
+    temperature: float = 0.0
+    """0 is greedy; above 0 samples."""
+    top_p: float = 1.0
+    """Nucleus of sampling."""
+    samples: int = 1
+    """Answers a prompt when sampling."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A whole run."""
+
+    model: ModelSpec = field(default_factory=ModelSpec)
+    task: TaskSpec = field(default_factory=TaskSpec)
+    stages: list[StageSpec] = field(default_factory=lambda: [StageSpec()])
+    evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    name: str = "run"
+    """Name of the run; its folder is `<output>/<name>`."""
+    output: str = "runs"
+    """Folder of run folders."""
+    seed: int = 42
+    """Seed of data order, initialisation and sampling."""
+    threads: int | None = None
+    """CPU threads; default is torch's own choice. Resume is bit-equal only at an equal count."""
+    track: list[str] = field(default_factory=list)
+    """Trackers beside metrics.jsonl: `trackio`, `wandb`, `tensorboard`."""

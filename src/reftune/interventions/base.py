@@ -1,0 +1,216 @@
+"""What every intervention is: hidden states in, the change to them out.
+
+An intervention knows nothing of models, positions or training. The site that owns it gathers the
+hidden states of the edited tokens, calls it, scales and adds its `delta`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, fields
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reftune.errors import AdapterError
+
+ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "sigmoid": torch.sigmoid,
+}
+
+
+@dataclass
+class Edit:
+    """What an intervention answers.
+
+    Attributes:
+        delta: Change to add, `[n, d]`, in the dtype of the computation (fp32 or wider).
+        gate: Optional gate values, `[n, g]`, which some objectives read.
+    """
+
+    delta: Tensor
+    gate: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class InterventionConfig:
+    """Settings shared by all interventions."""
+
+    dropout: float = 0.0
+    """Probability of dropping a component in training."""
+    dropout_on: Literal["delta", "output"] = "delta"
+    """`delta` drops parts of the edit; `output` drops parts of h + delta, as the reference does."""
+    init: Literal["paper", "identity"] = "paper"
+    """`paper` initialises as published; `identity` leaves the base model's logits unchanged."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise AdapterError(f"dropout is {self.dropout}.", "Use a value from 0 to below 1.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return all settings as plain values."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class LowRankConfig(InterventionConfig):
+    """Settings of the interventions that act in a subspace of r dimensions."""
+
+    rank: int = 4
+    """Dimension r of the edited subspace."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.rank < 1:
+            raise AdapterError(f"rank is {self.rank}.", "Use a rank of at least 1.")
+
+
+class Intervention(nn.Module):
+    """Base class of all interventions.
+
+    A subclass sets `Config`, creates its parameters (names start with `reft_`) in `__init__`, fills
+    them in `reset`, and computes `edit`. Parameters stay in fp32 whatever the base model's dtype.
+
+    Args:
+        config: Settings, an instance of the class's `Config`.
+        dim: Width d of the hidden states.
+    """
+
+    Config: ClassVar[type[InterventionConfig]] = InterventionConfig
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    subspaces: ClassVar[bool] = False
+    """Whether single dimensions of the subspace can be selected per row."""
+
+    def __init__(self, config: InterventionConfig, dim: int) -> None:
+        super().__init__()
+        self.config, self.dim = config, dim
+        rank = getattr(config, "rank", 1)
+        if rank > dim:
+            raise AdapterError(
+                f"{type(self).__name__}: rank {rank} is larger than the width {dim} of the site.",
+                f"Use a rank of at most {dim}.",
+            )
+
+    def reset(self) -> None:
+        """Initialise the parameters in place, as `config.init` says."""
+        raise NotImplementedError
+
+    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
+        """Compute the change.
+
+        Args:
+            h: Hidden states `[n, d]`, fp32 (fp64 on a fp64 model).
+            select: Boolean `[n, r]`, the dimensions of the subspace that act on each row.
+        """
+        raise NotImplementedError
+
+    def forward(self, h: Tensor, select: Tensor | None = None) -> Edit:
+        """Compute the change with dropout. `h` is `[n, d]`; see `edit`."""
+        if select is not None and not self.subspaces:
+            raise AdapterError(
+                f"{type(self).__name__} has no subspace dimensions to select.",
+                "Remove the subspace column or use loreft.",
+            )
+        edit = self.edit(h, select)
+        rate = self.config.dropout
+        if self.training and rate > 0:
+            if self.config.dropout_on == "output":
+                edit.delta = F.dropout(h + edit.delta, rate) - h
+            else:
+                edit.delta = F.dropout(edit.delta, rate)
+        return edit
+
+    def as_affine(self) -> tuple[Tensor, Tensor] | None:
+        """Return (scale `[d]`, shift `[d]`) when the edit is h' = scale * h + shift, else None."""
+        return None
+
+    @classmethod
+    def num_parameters(cls, config: InterventionConfig, dim: int) -> int:
+        """Return the trainable parameters of one site, as the docstring's formula says."""
+        raise NotImplementedError
+
+    @classmethod
+    def config_from(cls, values: dict[str, Any]) -> InterventionConfig:
+        """Build the config from plain values; unknown keys raise AdapterError."""
+        from reftune.errors import nearest
+
+        known = {f.name for f in fields(cls.Config)}
+        for key in values:
+            if key not in known:
+                raise AdapterError(f'{cls.name} has no setting "{key}".', nearest(key, known))
+        return cls.Config(**values)
+
+
+def linear_parameter(rank: int, dim: int) -> nn.Parameter:
+    """Return an empty fp32 weight `[rank, dim]`."""
+    return nn.Parameter(torch.empty(rank, dim, dtype=torch.float32))
+
+
+def reset_linear_(weight: Tensor, bias: Tensor | None = None) -> None:
+    """Initialise like `nn.Linear`: uniform in +-1/sqrt(d) for weight `[r, d]` and bias `[r]`."""
+    bound = weight.shape[1] ** -0.5
+    nn.init.uniform_(weight, -bound, bound)
+    if bias is not None:
+        nn.init.uniform_(bias, -bound, bound)
+
+
+def orthonormal_rows(free: Tensor) -> Tensor:
+    """Map a free matrix `[r, d]` to one with orthonormal rows by QR with fixed signs.
+
+    With freeᵀ = Q T, T upper triangular: R = (Q sign(diag T))ᵀ, so that R Rᵀ = I and matrices
+    whose rows are orthonormal already are returned unchanged. Differentiable for full rank, r <= d.
+    """
+    q, t = torch.linalg.qr(free.T)
+    sign = torch.where(t.diagonal() < 0, -1.0, 1.0).to(q.dtype)
+    return (q * sign).T
+
+
+class Orthonormal:
+    """Mixin: a rotation R `[r, d]` with orthonormal rows, held as a free parameter.
+
+    R is recomputed where gradients are needed and cached otherwise, until the parameter changes.
+    The free parameter is never weight-decayed: decay would only move it along directions that QR
+    removes, or, as in torch's own parametrisation, destroy R.
+    """
+
+    reft_rotation: nn.Parameter
+
+    def _make_rotation(self, rank: int, dim: int) -> None:
+        self.reft_rotation = linear_parameter(rank, dim)
+        self.reft_rotation._no_decay = True
+        self._rotation_cache: tuple[tuple, Tensor] | None = None
+
+    def _reset_rotation(self) -> None:
+        nn.init.orthogonal_(self.reft_rotation)
+
+    def rotation(self, select: Tensor | None = None) -> Tensor:
+        """Return R `[r, d]`. With `select` `[n, r]` only selected rows receive gradient."""
+        free = self.reft_rotation
+        if torch.is_grad_enabled() and free.requires_grad:
+            if select is not None:
+                used = select.any(0)[:, None]
+                free = torch.where(used, free, free.detach())
+            return orthonormal_rows(free)
+        key = (free._version, free.data_ptr(), free.device, free.dtype)
+        if self._rotation_cache is None or self._rotation_cache[0] != key:
+            with torch.no_grad():
+                self._rotation_cache = (key, orthonormal_rows(free))
+        return self._rotation_cache[1]
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state["_rotation_cache"] = None
+        return state
+
+
+def masked(low: Tensor, select: Tensor | None) -> Tensor:
+    """Zero the dimensions of `low` `[n, r]` that `select` `[n, r]` leaves out."""
+    return low if select is None else low * select.to(low.dtype)

@@ -1,0 +1,36 @@
+"""DiReFT with orthonormal rows: the ablation h + Rᵀ(W h + b) of the LoReFT paper, Table 17."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from reftune.interventions.base import ACTIVATIONS, Edit, masked
+from reftune.interventions.loreft import Loreft, LoreftConfig
+
+
+class DireftOrth(Loreft):
+    """Low-rank edit without the difference term.
+
+    h' = h + Rᵀ σ(W h + b),   R ∈ ℝ^{r×d} with orthonormal rows.   Parameters per site: 2·r·d + r.
+    Source: arXiv 2404.03592, Table 17 (the class the reference code calls Direft).
+
+    With `init="identity"` W = 0 and b = 0.
+    """
+
+    Config = LoreftConfig
+    name = "direft_orth"
+    title = "DiReFT-orth"
+    source = "Wu et al. 2024, arXiv 2404.03592, Table 17"
+
+    def reset(self) -> None:
+        """Initialise as LoReFT; W = 0 and b = 0 for identity."""
+        super().reset()
+        if self.config.init == "identity":
+            nn.init.zeros_(self.reft_weight)
+
+    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
+        """Compute Rᵀ σ(W h + b) for h `[n, d]`."""
+        low = F.linear(h, self.reft_weight.to(h.dtype), self.reft_bias.to(h.dtype))
+        low = masked(ACTIVATIONS[self.config.activation](low), select)
+        return Edit(low @ self.rotation(select).to(h.dtype))

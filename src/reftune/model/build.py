@@ -1,0 +1,202 @@
+"""From recipe to model: loading the base and applying what is to be trained."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from reftune.config.recipe import AdapterSpec, ModelSpec
+from reftune.errors import AdapterError, ModelError, nearest
+from reftune.model.names import is_embedded
+
+FOREIGN = ("lora", "full", "head_only")
+"""Trainable parts that are not interventions."""
+LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+HEAD_NAMES = ("score", "classifier", "lm_head", "embed_out")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """How much of a model is trained."""
+
+    trainable: int
+    total: int
+
+    @property
+    def fraction(self) -> float:
+        """Trained share of all parameters."""
+        return self.trainable / max(1, self.total)
+
+
+def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.Module, Any]:
+    """Load a base model in evaluation mode, with its tokenizer.
+
+    Args:
+        spec: The recipe's model, or just its name.
+        num_labels: Classes of a classification head.
+
+    Raises:
+        ModelError: If it cannot be found or loaded; the message says where it was looked for.
+    """
+    from transformers import AutoTokenizer
+
+    spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
+    place = _locate(spec)
+    kwargs: dict[str, Any] = {"dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)}
+    if spec.dtype == "auto" and not torch.cuda.is_available():
+        kwargs["dtype"] = torch.float32
+    if spec.attention != "auto":
+        kwargs["attn_implementation"] = spec.attention
+    if spec.quantize != "none":
+        kwargs["quantization_config"] = _quantization(spec.quantize)
+    if num_labels is not None:
+        kwargs["num_labels"] = num_labels
+    remote = {} if is_embedded(spec.name) else {
+        "revision": spec.revision, "trust_remote_code": spec.trust_remote_code
+    }
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(place, **remote)
+        model = _auto_class(spec, num_labels).from_pretrained(place, **kwargs, **remote)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(
+            f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
+            "Give nano, a folder with config.json and weights, or a hub name (needs the network).",
+        ) from error
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.eval(), tokenizer
+
+
+def _locate(spec: ModelSpec) -> str:
+    if is_embedded(spec.name):
+        from reftune.nano import path
+
+        try:
+            return str(path(spec.name))
+        except ValueError as error:
+            raise ModelError(str(error)) from error
+    looks_local = spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1
+    if looks_local and not Path(spec.name).expanduser().is_dir():
+        raise ModelError(f'The model folder "{spec.name}" does not exist.', "Check the path, or use nano.")
+    return str(Path(spec.name).expanduser()) if looks_local else spec.name
+
+
+def _auto_class(spec: ModelSpec, num_labels: int | None) -> Any:
+    import transformers
+
+    if spec.head == "classification" or num_labels is not None:
+        return transformers.AutoModelForSequenceClassification
+    if spec.head == "seq2seq":
+        return transformers.AutoModelForSeq2SeqLM
+    return transformers.AutoModelForCausalLM
+
+
+def _quantization(kind: str) -> Any:
+    from transformers import BitsAndBytesConfig
+
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise ModelError(
+            f'quantize is "{kind}" but bitsandbytes is not installed.', "pip install 'reftune[quant]'"
+        ) from error
+    if kind == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def apply_adapter(model: nn.Module, spec: AdapterSpec, seed: int = 42) -> nn.Module:
+    """Apply what a stage trains.
+
+    Args:
+        model: The base model, or one with adapters already; all of it is frozen.
+        spec: The recipe's adapter.
+        seed: Seed of its initialisation.
+
+    Returns:
+        A PeftModel for interventions and `lora`; the model itself for `full` and `head_only`.
+    """
+    torch.manual_seed(seed)
+    model.requires_grad_(False)
+    if spec.method == "lora":
+        return _lora(model, spec)
+    if spec.method in ("full", "head_only"):
+        return _plain(model, spec)
+    from reftune.model.face import ReftConfig, get_peft_model
+
+    config = ReftConfig(
+        dict(spec.options), method=spec.method, layers=spec.layers, site=spec.site, positions=spec.positions,
+        train_positions=spec.train_positions, tied=spec.tied, short=spec.short, **_task_of(model),
+    )
+    return get_peft_model(model, config, adapter_name=spec.name)
+
+
+def _task_of(model: nn.Module) -> dict[str, Any]:
+    """Return task type and the head to save beside the adapter."""
+    from reftune.model.sites import base_of
+
+    base = base_of(model)
+    name = type(base).__name__
+    if name.endswith("ForSequenceClassification"):
+        return {"task_type": "SEQ_CLS"}
+    return {"task_type": "SEQ_2_SEQ_LM" if getattr(base.config, "is_encoder_decoder", False) else "CAUSAL_LM"}
+
+
+def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    from reftune.model.layers import parse_layers
+    from reftune.model.sites import find_blocks
+
+    for key in spec.options:
+        if key not in LORA_DEFAULTS:
+            raise AdapterError(f'lora has no setting "{key}".', nearest(key, LORA_DEFAULTS))
+    options = {**LORA_DEFAULTS, **spec.options}
+    targets = options["targets"]
+    layers = None
+    if spec.layers != "all":
+        layers = parse_layers(spec.layers, len(find_blocks(model).modules))
+    if "targets" not in spec.options:
+        targets = _attention_targets(model, targets)
+    config = LoraConfig(
+        r=options["rank"], lora_alpha=options["alpha"], lora_dropout=options["dropout"],
+        target_modules=targets, layers_to_transform=layers, **_task_of(model),
+    )
+    try:
+        return get_peft_model(model, config, adapter_name=spec.name)
+    except ValueError as error:
+        raise AdapterError(f"lora: {_first_line(error)}", "Name the modules with targets.") from error
+
+
+def _attention_targets(model: nn.Module, default: list[str]) -> Any:
+    """Return query and value projections, or PEFT's own choice where they are named otherwise."""
+    names = {name.split(".")[-1] for name, _ in model.named_modules()}
+    return default if set(default) <= names else None
+
+
+def _plain(model: nn.Module, spec: AdapterSpec) -> nn.Module:
+    for parameter in model.parameters():
+        parameter.requires_grad_(spec.method == "full")
+    if spec.method == "head_only":
+        heads = [m for n, m in model.named_modules() if n.split(".")[-1] in HEAD_NAMES]
+        if not heads:
+            raise AdapterError("head_only: the model has no head of its own.", f"Known names: {', '.join(HEAD_NAMES)}.")
+        heads[0].requires_grad_(True)
+    return model
+
+
+def trainable_summary(model: nn.Module) -> Summary:
+    """Count trained and all parameters; a shared tensor counts once."""
+    seen: dict[int, nn.Parameter] = {id(p): p for p in model.parameters()}
+    trained = sum(p.numel() for p in seen.values() if p.requires_grad)
+    return Summary(trained, sum(p.numel() for p in seen.values()))

@@ -1,0 +1,306 @@
+"""The PEFT face: `ReftConfig` and its tuner, registered as `PeftType.REFTUNE`.
+
+Everything PEFT offers works on it unchanged: `get_peft_model`, `from_pretrained`, several adapters,
+`disable_adapter`, `adapter_names=[...]`, Trainer, TRL. Only this file and `stack.py` import peft.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.utils import register_peft_method
+from peft.utils.peft_types import TaskType
+from torch import nn
+
+from reftune.errors import AdapterError
+from reftune.interventions import get as get_method
+from reftune.interventions.base import Intervention, InterventionConfig
+from reftune.model import adapters as core
+from reftune.model.merge import merge_adapter
+from reftune.model.names import public_name
+from reftune.model.site import CHILD, Site
+from reftune.model.sites import base_of, find_blocks, find_targets
+
+MEMBER = "REFTUNE"
+
+
+def _add_member() -> None:
+    """Add the member to PEFT's enum, whose list of methods is closed."""
+    if MEMBER in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, MEMBER)
+    member._name_ = member._value_ = MEMBER
+    PeftType._member_names_.append(MEMBER)
+    PeftType._member_map_[MEMBER] = member
+    PeftType._value2member_map_[MEMBER] = member
+    type.__setattr__(PeftType, MEMBER, member)
+
+
+_add_member()
+
+
+@dataclass(init=False)
+class ReftConfig(PeftConfig):
+    """PEFT config of an adapter made of interventions.
+
+    Args:
+        intervention: Settings such as `LoreftConfig(rank=4)`, or a method's name.
+        method: Registered name, where several methods share a config class.
+        layers, site, positions, train_positions, tied, short, stack, blocks: See `Placement`.
+        stacked_on: Kind of the adapter it was trained on top of (`lora`), checked when loading.
+        modules_to_save: Modules trained and saved beside it, for instance a classification head.
+        task_type: As in PEFT; default CAUSAL_LM.
+
+    Raises:
+        AdapterError: If the method or one of its settings is unknown.
+    """
+
+    method: str = "loreft"
+    intervention: dict[str, Any] = field(default_factory=dict)
+    layers: str | list[int] = "all"
+    site: str = "block"
+    positions: str = "f5+l5"
+    train_positions: str | None = None
+    tied: bool = True
+    short: str = "union"
+    stack: str = "auto"
+    blocks: str | None = None
+    strength: float = 1.0
+    base_dim: int | None = None
+    base_layers: int | None = None
+    target_modules: str | None = None
+    exclude_modules: str | None = None
+    modules_to_save: list[str] | None = None
+    bias: str = "none"
+    stacked_on: str | None = None
+
+    def __init__(
+        self,
+        intervention: InterventionConfig | dict[str, Any] | str | None = None,
+        *,
+        method: str | None = None,
+        layers: str | Sequence[int] = "all",
+        site: str = "block",
+        positions: str = "f5+l5",
+        train_positions: str | None = None,
+        tied: bool = True,
+        short: str = "union",
+        stack: str = "auto",
+        blocks: str | None = None,
+        strength: float = 1.0,
+        base_dim: int | None = None,
+        base_layers: int | None = None,
+        target_modules: str | None = None,
+        exclude_modules: str | None = None,
+        modules_to_save: list[str] | None = None,
+        bias: str = "none",
+        stacked_on: str | None = None,
+        **peft: Any,
+    ) -> None:
+        peft.setdefault("task_type", TaskType.CAUSAL_LM)
+        peft["peft_type"] = PeftType(MEMBER)
+        super().__init__(**peft)
+        self.method, self.intervention = _method_of(intervention, method)
+        self.layers = layers if isinstance(layers, str) else list(layers)
+        self.site, self.positions, self.train_positions = site, str(positions), train_positions
+        self.tied, self.short, self.stack, self.blocks = tied, short, stack, blocks
+        self.strength, self.base_dim, self.base_layers = strength, base_dim, base_layers
+        self.target_modules, self.exclude_modules = target_modules, exclude_modules
+        self.modules_to_save, self.bias, self.stacked_on = modules_to_save, bias, stacked_on
+        self.placement().rules()
+        self.placement().groups()
+
+    def placement(self) -> core.Placement:
+        """Return where the adapter acts."""
+        return core.Placement(
+            self.layers, self.site, self.positions, self.train_positions,
+            self.tied, self.short, self.stack, self.blocks,
+        )
+
+    def settings(self) -> tuple[type[Intervention], InterventionConfig]:
+        """Return the intervention's class and frozen config."""
+        cls = get_method(self.method)
+        return cls, cls.config_from(self.intervention)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for the JSON file; the embedded base model is named, not located."""
+        values = super().to_dict()
+        values["base_model_name_or_path"] = public_name(values.get("base_model_name_or_path"))
+        return values
+
+
+def _method_of(
+    intervention: InterventionConfig | dict[str, Any] | str | None, method: str | None
+) -> tuple[str, dict[str, Any]]:
+    if isinstance(intervention, InterventionConfig):
+        cls = get_method(method) if method else core.resolve(intervention)[0]
+        return cls.name, intervention.to_dict()
+    if isinstance(intervention, str):
+        method, intervention = intervention, {}
+    cls = get_method(method or "loreft")
+    return method or "loreft", asdict(cls.config_from(dict(intervention or {})))
+
+
+class ReftLayer(Site, BaseTunerLayer):
+    """A site that PEFT can list, save, switch and delete."""
+
+    adapter_layer_names = ("reft_tied", "reft_prefix", "reft_suffix")
+    other_param_names = ()
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """Sites wrap no layer; PEFT's default would search for one for ever."""
+        raise AttributeError("a site has no base weight")
+
+    @property
+    def bias(self) -> torch.Tensor:
+        """See `weight`."""
+        raise AttributeError("a site has no base bias")
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
+        """Do nothing: `inject` places the weights, and meta weights must stay where they are."""
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter here."""
+        BaseTunerLayer.delete_adapter(self, adapter_name)
+        self.strength.pop(adapter_name, None)
+        self.call.rules.pop(adapter_name, None)
+        self._plan_cache = None
+
+
+class ReftModel(BaseTuner):
+    """The tuner PEFT wraps a model in."""
+
+    prefix = "reft_"
+    tuner_layer_cls = ReftLayer
+    target_module_mapping: dict[str, list[str]] = {}
+
+    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+        below = model.peft_config if isinstance(model, PeftModel) else None
+        if below is None:
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+            return
+        # BaseTuner would share, and then overwrite, the configs of the adapter below.
+        self.__dict__["peft_config"] = {}
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config`")
+            super().__init__(model, peft_config, adapter_name, **kwargs)
+        model.peft_config = below
+
+    def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
+        base = base_of(self.model)
+        blocks = find_blocks(base, peft_config.stack, peft_config.blocks)
+        check_base(peft_config, blocks.dim, len(blocks.modules))
+        check_below(peft_config, self.model)
+        self._blocks = blocks
+        targets = find_targets(blocks, peft_config.layers, peft_config.site)
+        prefix = next(name for name, module in self.model.named_modules() if module is base)
+        self._targets = {f"{prefix}.{t.name}".lstrip("."): t for t in targets}
+        peft_config.base_dim, peft_config.base_layers = blocks.dim, len(blocks.modules)
+        peft_config.target_modules = "|".join(re.escape(t.name) for t in targets)
+        core.prepare(base, blocks)
+        return peft_config
+
+    @staticmethod
+    def _check_target_module_exists(peft_config: ReftConfig, key: str) -> bool:
+        pattern = rf"(.*\.)?({peft_config.target_modules})"
+        return CHILD not in key.split(".") and re.fullmatch(pattern, key) is not None
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """Create the sites. Targets come from the config, never from checkpoint keys."""
+        kwargs["state_dict"] = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def _create_and_replace(
+        self,
+        peft_config: ReftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **_: Any,
+    ) -> None:
+        method, config = peft_config.settings()
+        site = core.inject(
+            self.model, self._blocks, self._targets[current_key], adapter_name, method, config,
+            peft_config.placement(), ReftLayer,
+        )
+        site.strength[adapter_name] = peft_config.strength
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        names = kwargs.pop("adapter_names", None)
+        with nullcontext() if names is None else core.mix(self.model, names):
+            yield
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            for name in adapter_names or self.active_adapters:
+                merge_adapter(self.model, name)
+        base = self.model
+        core.detach(base)
+        if hasattr(base, "peft_config"):
+            del base.peft_config
+        return base
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter; the hooks leave with the last one."""
+        super().delete_adapter(adapter_name)
+        for call in core.calls(self.model):
+            call.rules.pop(adapter_name, None)
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        """Drop the adapter's name right after the group, whatever stands behind it."""
+        pattern = rf"(\.{CHILD}\.reft_(?:tied|prefix|suffix))\.{re.escape(adapter_name)}(?=\.)"
+        short, count = re.subn(pattern, r"\1", key)
+        return short if count else super()._remove_adapter_name_from_key(key, adapter_name)
+
+
+def check_base(config: ReftConfig, dim: int, num_layers: int) -> None:
+    """Raise AdapterError when an adapter was trained on a model of another shape."""
+    differs = []
+    if config.base_dim not in (None, dim):
+        differs.append(f"width {config.base_dim} (this model has {dim})")
+    if config.base_layers not in (None, num_layers):
+        differs.append(f"{config.base_layers} blocks (this model has {num_layers})")
+    if differs:
+        raise AdapterError(
+            f"The adapter was trained on {config.base_model_name_or_path or 'a model'} with {' and '.join(differs)}.",
+            "Load it on the model it was trained on.",
+        )
+
+
+def check_below(config: ReftConfig, model: nn.Module) -> None:
+    """Raise AdapterError when the adapter this one was trained on top of is missing."""
+    below = getattr(model, "peft_config", None) or {}
+    kinds = {str(c.peft_type.value).lower() for c in below.values() if c is not config}
+    if config.stacked_on and config.stacked_on not in kinds:
+        raise AdapterError(
+            f'This adapter was trained on top of a "{config.stacked_on}" adapter, which is not on the model.',
+            "Load the whole stack (the folder with stack.json), or apply that adapter first.",
+        )
+
+
+if PeftType(MEMBER) not in PEFT_TYPE_TO_TUNER_MAPPING:
+    register_peft_method(
+        name=MEMBER.lower(), config_cls=ReftConfig, model_cls=ReftModel, prefix="reft_"
+    )
+
+__all__ = ["PeftModel", "ReftConfig", "ReftLayer", "ReftModel", "check_base", "get_peft_model"]

@@ -1,0 +1,196 @@
+"""The token mix: which sub-world comes next, how an item becomes tokens with loss weights.
+
+Shares are of *tokens*, not of items: a scheduler always draws from the sub-world that lags most
+behind its share, so the mix is exact at any moment and needs no table of lengths.
+"""
+
+from __future__ import annotations
+
+import importlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from reftune.nano.item import Item, Split
+from reftune.nano.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, USER_ID
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+SHARES: dict[str, float] = {
+    "sums": 0.45, "facts": 0.20, "passages": 0.16, "guided": 0.06, "logs": 0.05, "stories": 0.08,
+}  # fmt: skip
+"""Share of training tokens per sub-world (A to F)."""
+
+ENCODER_SHARES: dict[str, float] = {"logs": 0.6, "stories": 0.4}
+"""Token mix of `nano-encoder`, the masked model for the log studies."""
+
+WORLDS: tuple[str, ...] = tuple(SHARES)
+CURRICULUM = frozenset({"sums", "passages"})
+"""Sub-worlds whose `sample` takes `progress`, the fraction of the planned tokens already seen."""
+
+NO_CHAT = frozenset({"logs"})
+CHAT_SHARE = 0.3
+PROMPT_WEIGHT = 0.1
+"""Loss weight of question tokens: their random parts cannot be predicted, only answers count."""
+
+
+def draw(world: str, rng: random.Random, split: Split = "train", progress: float = 1.0) -> Item:
+    """Draw one item of a sub-world from its training distribution.
+
+    Args:
+        world: One of `WORLDS`.
+        rng: Source of all randomness.
+        split: Only items of this split can come out.
+        progress: Place in the curriculum, 0 to 1; only `CURRICULUM` worlds look at it.
+    """
+    module = importlib.import_module(f"reftune.nano.{world}")
+    if world in CURRICULUM:
+        return module.sample(rng, split, progress=progress)
+    return module.sample(rng, split)
+
+
+def prompt_text(item: Item) -> str:
+    """Return the native prompt of a question; empty for a plain statement.
+
+    >>> prompt_text(Item("sums", "", (), "What is 2 + 2?", "4"))
+    'Question: What is 2 + 2? Answer:'
+    """
+    return f"Question: {item.question} Answer:" if item.question else ""
+
+
+@dataclass(frozen=True)
+class Document:
+    """Token ids of one item with the loss weight of each (as a target) and its sub-world."""
+
+    ids: list[int]
+    weights: list[float]
+    world: str
+
+
+def render(item: Item, tokenizer: Any, chat: bool = False) -> tuple[list[int], list[float]]:
+    """Return `(ids, weights)` of one item: prompt and completion are tokenised apart.
+
+    Args:
+        item: What to render.
+        tokenizer: The transformers tokenizer, or its `backend_tokenizer`.
+        chat: Through the chat template instead of `Question: ... Answer: ...`.
+    """
+    core = getattr(tokenizer, "backend_tokenizer", tokenizer)
+    document = render_batch([item], [chat], core)[0]
+    return document.ids, document.weights
+
+
+def render_batch(
+    items: Sequence[Item], chats: Sequence[bool], core: Tokenizer
+) -> list[Document]:
+    """Render many items at once; `core` is the `backend_tokenizer`. Statements ignore `chats`."""
+    texts: list[str] = []
+    for item, chat in zip(items, chats, strict=True):
+        if item.question:
+            texts += [" " + item.question if chat else prompt_text(item), " " + item.answer]
+        else:
+            texts += ["", item.answer]
+    encoded = core.encode_batch(texts, add_special_tokens=False)
+    documents = []
+    for place, (item, chat) in enumerate(zip(items, chats, strict=True)):
+        prompt, answer = encoded[2 * place].ids, encoded[2 * place + 1].ids + [EOS_ID]
+        if item.question and chat:
+            prompt = [BOS_ID, USER_ID, *prompt, ASSISTANT_ID]
+        else:
+            prompt = [BOS_ID, *prompt]
+        weights = [PROMPT_WEIGHT] * len(prompt) + [1.0] * len(answer)
+        documents.append(Document(prompt + answer, weights, item.world))
+    return documents
+
+
+@dataclass
+class Mix:
+    """Endless stream of documents in the given token shares, exactly resumable.
+
+    Attributes:
+        core: The `backend_tokenizer`.
+        seed: Seed of the stream; two processes with different seeds see different items.
+        shares: Share of tokens per sub-world.
+        counts: Tokens drawn so far per sub-world.
+        items: Items drawn so far per sub-world (for the mean length).
+    """
+
+    core: Tokenizer
+    seed: int = 0
+    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
+    counts: dict[str, int] = field(default_factory=dict)
+    items: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.rng = random.Random(f"mix-{self.seed}")
+        for world in self.shares:
+            self.counts.setdefault(world, 0)
+            self.items.setdefault(world, 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return everything a resumed stream needs."""
+        return {"rng": self.rng.getstate(), "counts": dict(self.counts), "items": dict(self.items)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the stream exactly where `state_dict` was taken."""
+        self.rng.setstate(state["rng"])
+        self.counts, self.items = dict(state["counts"]), dict(state["items"])
+
+    def _schedule(self, number: int) -> list[str]:
+        """Choose the next sub-worlds by largest deficit, with the mean lengths seen so far."""
+        mean = {w: self.counts[w] / self.items[w] if self.items[w] else 60.0 for w in self.shares}
+        planned: dict[str, float] = dict(self.counts)
+        order = []
+        for _ in range(number):
+            total = sum(planned.values())
+            world = max(self.shares, key=lambda w: self.shares[w] * total - planned[w])
+            planned[world] += mean[world]
+            order.append(world)
+        return order
+
+    def documents(self, number: int, progress: float) -> list[Document]:
+        """Draw and render the next `number` items of the mix."""
+        drawn = [draw(world, self.rng, progress=progress) for world in self._schedule(number)]
+        chats = [
+            item.world not in NO_CHAT and self.rng.random() < CHAT_SHARE for item in drawn
+        ]
+        documents = render_batch(drawn, chats, self.core)
+        for document in documents:
+            self.counts[document.world] += len(document.ids)
+            self.items[document.world] += 1
+        return documents
+
+    def step(self, tokens: int, progress: float) -> list[Document]:
+        """Draw documents until they hold at least `tokens` tokens."""
+        documents: list[Document] = []
+        size = 0
+        while size < tokens:
+            # The number drawn at once only bounds the overshoot; a tokeniser call is batched.
+            fresh = self.documents(max(1, min(64, (tokens - size) // 64)), progress)
+            documents += fresh
+            size += sum(len(document.ids) for document in fresh)
+        return documents
+
+    def conversation(self, tokens: int, progress: float) -> Document:
+        """Join items to one document of at most `tokens`: later items may look at earlier ones.
+
+        Used for the last tenth of training, which teaches the full context: a chat of many turns
+        (its later turns carry no bos of their own), or native documents one after another.
+        """
+        chat = self.rng.random() < 0.5
+        ids: list[int] = []
+        weights: list[float] = []
+        while True:
+            world = self._schedule(1)[0]
+            item = draw(world, self.rng, progress=progress)
+            as_chat = chat and world not in NO_CHAT
+            document = render_batch([item], [as_chat], self.core)[0]
+            if len(ids) + len(document.ids) > tokens:
+                return Document(ids, weights, "long")
+            skip = 1 if ids and as_chat and item.question else 0
+            ids += document.ids[skip:]
+            weights += document.weights[skip:]
+            self.counts[world] += len(document.ids)
+            self.items[world] += 1

@@ -1,0 +1,221 @@
+"""Passages: right answers, fair yes/no questions, clean splits."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter, defaultdict
+
+import pytest
+
+from reftune.nano import passages
+from reftune.nano.item import split as split_of
+from reftune.nano.passages_words import COLOURS, JOINS, NUMBERS, POOLS, RELATIONS
+
+COUNT = {word: place for place, word in enumerate(("zero", "one", *NUMBERS))}
+
+
+def _draw(count, seed=0, **options):
+    rng = random.Random(seed)
+    return [passages.sample_passage(rng, **options) for _ in range(count)]
+
+
+def _match(template, text, **pools):
+    """Return the words that fill `template` to give `text`, or None."""
+    pattern = re.escape(template)
+    for slot, pool in {**pools, "c": None}.items():
+        words = "|".join(POOLS[pool]) if pool else "[a-z]+"
+        pattern = pattern.replace(re.escape(f"{{{slot}}}"), f"(?P<{slot}>{words})", 1)
+    found = re.fullmatch(pattern, text)
+    return found and found.groupdict()
+
+
+def _read(text):
+    """Follow a passage sentence by sentence and return the final state of each relation."""
+    state = {topic: {} for topic in RELATIONS}
+    for sentence in re.findall(r"[^.]+\.", text):
+        sentence = sentence.strip()
+        known = False
+        for topic, relation in RELATIONS.items():
+            pools = {"s": relation.subject, "v": relation.value, "u": relation.value}
+            for template in (*relation.states, *relation.changes):
+                if found := _match(template, sentence, **pools):
+                    state[topic][found["s"]] = found["v"]
+                    known = True
+            known |= any(_match(template, sentence, **pools) for template in relation.denials)
+        assert known, sentence
+    return state
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_answers_follow_from_the_sentences(kind):
+    for item in _draw(250, kind=kind, progress=1.0):
+        state, answers = _read(item.passage), set()
+        for topic, relation in RELATIONS.items():
+            pools = {"s": relation.subject, "v": relation.value}
+            for check in relation.checks:
+                if found := _match(check, item.question, **pools):
+                    answers.add("yes" if state[topic].get(found["s"]) == found["v"] else "no")
+            for ask in relation.asks:
+                if found := _match(ask, item.question, **pools):
+                    answers.add(state[topic].get(found["s"]))
+            if found := _match(relation.reverse, item.question, **pools):
+                answers |= {s for s, v in state[topic].items() if v == found["v"]}
+        assert item.gold in answers
+        assert len(answers - {None, "no"}) <= 1, (item, answers)
+        assert item.gold.lower() in item.answer.lower()
+
+
+def test_joins_follow_from_two_sentences():
+    for item in _draw(200, kind=3, form="yes_no", progress=1.0):
+        answers = set()
+        for topic, join in JOINS.items():
+            found = _match(join.check, item.question, s=join.subject, v=join.value)
+            if not found:
+                continue
+            sentences = [part.strip() for part in re.findall(r"[^.]+\.", item.passage)]
+            firsts = [
+                _match(t, x, s=join.subject, m=join.middle) for x in sentences for t in join.first
+            ]
+            seconds = [
+                _match(t, x, m=join.middle, v=join.value) for x in sentences for t in join.second
+            ]
+            middles = {hit["m"] for hit in firsts if hit and hit["s"] == found["s"]}
+            ends = {hit["v"] for hit in seconds if hit and hit["m"] in middles}
+            if ends:
+                answers.add((topic, "yes" if found["v"] in ends else "no"))
+        assert {answer for _, answer in answers} == {item.gold}, item
+
+
+def test_counts_and_comparisons_are_right():
+    for item in _draw(300, kind=4, progress=1.0):
+        state = _read(item.passage)
+        at, colour = Counter(state["at"].values()), Counter(state["colour"].values())
+        question = item.question
+        if found := re.match(r"(How many|Are exactly (\w+)) (people|things)", question):
+            key = next(w for w in reversed(re.findall(r"\w+", question)))
+            number = (at if found[3] == "people" else colour)[key]
+            if found[2]:
+                assert item.gold == ("yes" if COUNT[found[2]] == number else "no")
+            else:
+                assert COUNT[item.gold] == number
+        elif "people" in question:
+            first, second = re.findall(r"in the (\w+)", question)
+            more = at[first] > at[second]
+            assert at[first] != at[second]
+            wanted = ("yes", "no") if item.form == "yes_no" else (first, second)
+            assert item.gold == wanted[0 if more else 1]
+        else:
+            first, second = re.findall(r"[A-Z][a-z]+", question)[1:]
+            gap = COUNT[state["number"][first]] - COUNT[state["number"][second]]
+            holds = gap > 0 if "more" in question else gap < 0
+            wanted = ("yes", "no") if item.form == "yes_no" else (first, second)
+            assert gap and item.gold == wanted[0 if holds else 1]
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_only_keys_of_the_split(split):
+    for item in _draw(150, split=split):
+        assert split_of("passages", *item.key) == split
+        assert item.key[0] == str(item.kind)
+
+
+def test_training_rates():
+    early, late = _draw(3000), _draw(3000, progress=0.9)
+    kinds = Counter(item.kind for item in late)
+    assert set(kinds) == {1, 2, 3}
+    assert 0.03 < kinds[3] / 3000 < 0.065
+    assert abs(kinds[1] - kinds[2]) < 250
+    assert sum(item.form == "open" for item in early) > 2500
+    assert abs(sum(item.form == "open" for item in late) - 1500) < 150
+    assert max(item.length for item in early) <= 5 < max(item.length for item in late) == 9
+
+
+def _normalise(question):
+    """Replace every name by its pool, so that questions with one template fall together."""
+    for pool in ("actor", "object", "place", "colour"):
+        question = re.sub(rf"\b({'|'.join(POOLS[pool])})\b", pool.upper(), question)
+    return question
+
+
+@pytest.mark.parametrize("kind", passages.KINDS)
+def test_yes_as_often_as_no_for_each_question(kind):
+    table = defaultdict(Counter)
+    for item in _draw(2000, kind=kind, form="yes_no", progress=1.0):
+        table[_normalise(item.question)][item.gold] += 1
+        table["all"][item.gold] += 1
+    for counts in table.values():
+        total = sum(counts.values())
+        assert abs(counts["yes"] - total / 2) <= 4 * math.sqrt(total) / 2 + 1
+
+
+def test_no_question_text_leans_within_a_split(monkeypatch):
+    """With few words each question text recurs; its answers must be fair coins in the test split.
+
+    Drawing a new answer whenever facts fall on another side of the split gives 3 and more here.
+    """
+    for pool in ("actor", "object", "place", "colour"):
+        monkeypatch.setitem(POOLS, pool, POOLS[pool][:6])
+    golds = defaultdict(Counter)
+    for item in _draw(4000, split="test", kind=1, form="yes_no", progress=0.0):
+        golds[item.question][item.gold] += 1
+    excess = [(c["yes"] - c["no"]) ** 2 / sum(c.values()) for c in golds.values()]
+    assert len(excess) > 100
+    assert sum(excess) / len(excess) < 1.4
+
+
+def _naive_bayes(train, test):
+    """Return the accuracy of naive Bayes on (words, label) pairs."""
+    counts = {"yes": Counter(), "no": Counter()}
+    labels = Counter(label for _, label in train)
+    for words, label in train:
+        counts[label].update(set(words))
+    right = 0
+    for words, label in test:
+        score = {
+            name: math.log(labels[name] / len(train))
+            + sum(math.log((counts[name][word] + 1) / (labels[name] + 2)) for word in set(words))
+            for name in ("yes", "no")
+        }
+        right += max(score, key=score.get) == label
+    return right / len(test)
+
+
+@pytest.mark.parametrize("kinds", [(None,), (3, 4)], ids=["as trained", "joins and counts"])
+def test_question_alone_says_nothing(kinds):
+    def rows(count, seed, split):
+        each = count // len(kinds)
+        items = [
+            item
+            for kind in kinds
+            for item in _draw(each, seed, split=split, kind=kind, form="yes_no", progress=1.0)
+        ]
+        return [(re.findall(r"\w+", item.question), item.gold) for item in items]
+
+    assert _naive_bayes(rows(4000, 1, "train"), rows(2000, 2, "test")) < 0.55
+
+
+def test_naive_bayes_can_find_a_leak():
+    """The check above can fail: a planted word is found."""
+    rows = [
+        (["is", "x" if place % 2 else "y"], "yes" if place % 2 else "no") for place in range(99)
+    ]
+    assert _naive_bayes(rows, rows) == 1.0
+
+
+def test_item_and_determinism():
+    one, two = (passages.sample(random.Random(7), "test", kind=4, form="yes_no") for _ in "ab")
+    assert one == two
+    passage = _draw(1, 7, split="test", kind=4, form="yes_no")[0]
+    assert one == passages.passage_item(passage)
+    assert one.question == f"{passage.passage} {passage.question}"
+    assert (one.world, one.kind, one.group) == ("passages", "4", "yes_no")
+    with pytest.raises(ValueError, match="one of"):
+        passages.sample(random.Random(0), kind=5)
+
+
+def test_pools_do_not_overlap():
+    words = [w for pool in ("actor", "object", "place", "colour", "number") for w in POOLS[pool]]
+    assert len(words) == len(set(words))
+    assert len(COLOURS) >= passages.MAX_SENTENCES
