@@ -38,7 +38,7 @@ $(STAMP): pyproject.toml
 
 ## demo               train LoReFT on the embedded model, compare, plot (5 minutes on 2 cores)
 demo: install
-	$(RUN) -m reftune.cli demo --output runs --name demo
+	$(VENV)/bin/reftune demo
 
 ## test               all tests (under 10 minutes on 2 cores)
 test: install

@@ -54,7 +54,9 @@ class Red(Intervention):
     def as_affine(self) -> tuple[Tensor, Tensor]:
         """Return (s, b)."""
         shift = self.reft_bias.detach().clone()
-        scale = self.reft_scale.detach().clone() if self.config.train_scale else torch.ones_like(shift)
+        scale = (
+            self.reft_scale.detach().clone() if self.config.train_scale else torch.ones_like(shift)
+        )
         return scale, shift
 
     @classmethod

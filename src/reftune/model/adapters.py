@@ -53,7 +53,9 @@ class Placement:
         if self.short not in ("union", "paper", "error"):
             from reftune.errors import PositionError
 
-            raise PositionError(f'short is "{self.short}".', nearest(self.short, ("union", "paper", "error")))
+            raise PositionError(
+                f'short is "{self.short}".', nearest(self.short, ("union", "paper", "error"))
+            )
         inference = PositionRule.parse(self.positions)
         training = PositionRule.parse(self.train_positions or self.positions)
         return Rules(inference, training, self.short)
@@ -105,7 +107,9 @@ class Handle:
         detach(self.model, self.name)
 
 
-def resolve(config: InterventionConfig | str | Intervention) -> tuple[type[Intervention], InterventionConfig]:
+def resolve(
+    config: InterventionConfig | str | Intervention,
+) -> tuple[type[Intervention], InterventionConfig]:
     """Return the class and config of an intervention given by name or by its config."""
     if isinstance(config, str):
         method = get_method(config)
@@ -114,7 +118,9 @@ def resolve(config: InterventionConfig | str | Intervention) -> tuple[type[Inter
     for name in method_names():
         method = get_method(name)
         if type(config) is method.Config:
-            (exact if method.Config.__name__.lower() == f"{name}config" else compatible).append(method)
+            (exact if method.Config.__name__.lower() == f"{name}config" else compatible).append(
+                method
+            )
     found = exact or compatible
     if len(found) != 1:
         raise AdapterError(
@@ -164,7 +170,9 @@ def attach(
 def check_new_name(model: nn.Module, name: str) -> None:
     """Raise AdapterError when an adapter of this name hangs on the model already."""
     if name in adapter_names(model):
-        raise AdapterError(f'The adapter "{name}" exists already.', "Choose another name or detach it.")
+        raise AdapterError(
+            f'The adapter "{name}" exists already.', "Choose another name or detach it."
+        )
 
 
 def inject(
@@ -309,7 +317,9 @@ def _mask_from_padding(model: nn.Module, prompt: Tensor, kwargs: dict) -> Tensor
     """Return the mask generate() would derive: padding counts only where it is not also eos."""
     ones = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)
-    pad, eos = (kwargs.get(key, getattr(config, key, None)) for key in ("pad_token_id", "eos_token_id"))
+    pad, eos = (
+        kwargs.get(key, getattr(config, key, None)) for key in ("pad_token_id", "eos_token_id")
+    )
     if pad is None or prompt.dim() != 2 or prompt.is_floating_point():
         return ones
     stops = eos if isinstance(eos, list | tuple) else [eos]
@@ -406,9 +416,7 @@ def prompt_scope(
     stacks = calls(model)
     before = [call.said for call in stacks]
     for call in stacks:
-        call.said = Inputs(
-            labels, prompt_lens, intervention_mask, subject_positions, subspaces
-        )
+        call.said = Inputs(labels, prompt_lens, intervention_mask, subject_positions, subspaces)
     try:
         yield model
     finally:

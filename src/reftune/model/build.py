@@ -15,7 +15,12 @@ from reftune.model.names import is_embedded
 
 FOREIGN = ("lora", "full", "head_only")
 """Trainable parts that are not interventions."""
-LORA_DEFAULTS: dict[str, Any] = {"rank": 8, "alpha": 16, "dropout": 0.0, "targets": ["q_proj", "v_proj"]}
+LORA_DEFAULTS: dict[str, Any] = {
+    "rank": 8,
+    "alpha": 16,
+    "dropout": 0.0,
+    "targets": ["q_proj", "v_proj"],
+}
 HEAD_NAMES = ("score", "classifier", "lm_head", "embed_out")
 
 
@@ -46,7 +51,9 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
 
     spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
     place = _locate(spec)
-    kwargs: dict[str, Any] = {"dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)}
+    kwargs: dict[str, Any] = {
+        "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
+    }
     if spec.dtype == "auto" and not torch.cuda.is_available():
         kwargs["dtype"] = torch.float32
     if spec.attention != "auto":
@@ -55,9 +62,11 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
         kwargs["quantization_config"] = _quantization(spec.quantize)
     if num_labels is not None:
         kwargs["num_labels"] = num_labels
-    remote = {} if is_embedded(spec.name) else {
-        "revision": spec.revision, "trust_remote_code": spec.trust_remote_code
-    }
+    remote = (
+        {}
+        if is_embedded(spec.name)
+        else {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+    )
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **remote)
         model = _auto_class(spec, num_labels).from_pretrained(place, **kwargs, **remote)
@@ -83,7 +92,9 @@ def _locate(spec: ModelSpec) -> str:
             raise ModelError(str(error)) from error
     looks_local = spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1
     if looks_local and not Path(spec.name).expanduser().is_dir():
-        raise ModelError(f'The model folder "{spec.name}" does not exist.', "Check the path, or use nano.")
+        raise ModelError(
+            f'The model folder "{spec.name}" does not exist.', "Check the path, or use nano."
+        )
     return str(Path(spec.name).expanduser()) if looks_local else spec.name
 
 
@@ -104,7 +115,8 @@ def _quantization(kind: str) -> Any:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise ModelError(
-            f'quantize is "{kind}" but bitsandbytes is not installed.', "pip install 'reftune[quant]'"
+            f'quantize is "{kind}" but bitsandbytes is not installed.',
+            "pip install 'reftune[quant]'",
         ) from error
     if kind == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -135,8 +147,15 @@ def apply_adapter(model: nn.Module, spec: AdapterSpec, seed: int = 42) -> nn.Mod
     from reftune.model.face import ReftConfig, get_peft_model
 
     config = ReftConfig(
-        dict(spec.options), method=spec.method, layers=spec.layers, site=spec.site, positions=spec.positions,
-        train_positions=spec.train_positions, tied=spec.tied, short=spec.short, **_task_of(model),
+        dict(spec.options),
+        method=spec.method,
+        layers=spec.layers,
+        site=spec.site,
+        positions=spec.positions,
+        train_positions=spec.train_positions,
+        tied=spec.tied,
+        short=spec.short,
+        **_task_of(model),
     )
     return get_peft_model(model, config, adapter_name=spec.name)
 
@@ -149,7 +168,11 @@ def _task_of(model: nn.Module) -> dict[str, Any]:
     name = type(base).__name__
     if name.endswith("ForSequenceClassification"):
         return {"task_type": "SEQ_CLS"}
-    return {"task_type": "SEQ_2_SEQ_LM" if getattr(base.config, "is_encoder_decoder", False) else "CAUSAL_LM"}
+    return {
+        "task_type": "SEQ_2_SEQ_LM"
+        if getattr(base.config, "is_encoder_decoder", False)
+        else "CAUSAL_LM"
+    }
 
 
 def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
@@ -169,13 +192,19 @@ def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     if "targets" not in spec.options:
         targets = _attention_targets(model, targets)
     config = LoraConfig(
-        r=options["rank"], lora_alpha=options["alpha"], lora_dropout=options["dropout"],
-        target_modules=targets, layers_to_transform=layers, **_task_of(model),
+        r=options["rank"],
+        lora_alpha=options["alpha"],
+        lora_dropout=options["dropout"],
+        target_modules=targets,
+        layers_to_transform=layers,
+        **_task_of(model),
     )
     try:
         return get_peft_model(model, config, adapter_name=spec.name)
     except ValueError as error:
-        raise AdapterError(f"lora: {_first_line(error)}", "Name the modules with targets.") from error
+        raise AdapterError(
+            f"lora: {_first_line(error)}", "Name the modules with targets."
+        ) from error
 
 
 def _attention_targets(model: nn.Module, default: list[str]) -> Any:
@@ -190,7 +219,10 @@ def _plain(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     if spec.method == "head_only":
         heads = [m for n, m in model.named_modules() if n.split(".")[-1] in HEAD_NAMES]
         if not heads:
-            raise AdapterError("head_only: the model has no head of its own.", f"Known names: {', '.join(HEAD_NAMES)}.")
+            raise AdapterError(
+                "head_only: the model has no head of its own.",
+                f"Known names: {', '.join(HEAD_NAMES)}.",
+            )
         heads[0].requires_grad_(True)
     return model
 

@@ -112,12 +112,20 @@ class Call:
         ids = bound.get("input_ids")
         shape = ids if ids is not None else bound.get("inputs_embeds")
         if shape is None:
-            raise PositionError("The model was called without input_ids or inputs_embeds.", "Pass one.")
+            raise PositionError(
+                "The model was called without input_ids or inputs_embeds.", "Pass one."
+            )
         batch, width = shape.shape[:2]
         self._refuse_continuous_batching(bound, stack)
         past = _past_length(bound.get("past_key_values"))
         self.now = Snapshot(
-            None, stack.training, self.rows, inputs.subspaces, False, width, past,
+            None,
+            stack.training,
+            self.rows,
+            inputs.subspaces,
+            False,
+            width,
+            past,
             None if self.scope is None else self.scope.prompt_mask.shape[1],
         )
         if self._nothing_to_do():
@@ -146,7 +154,13 @@ class Call:
             )
 
     def _describe(
-        self, inputs: Inputs, bound: dict[str, Any], batch: int, width: int, past: int, device: torch.device
+        self,
+        inputs: Inputs,
+        bound: dict[str, Any],
+        batch: int,
+        width: int,
+        past: int,
+        device: torch.device,
     ) -> Tokens:
         attention = bound.get("attention_mask")
         valid = attention if isinstance(attention, Tensor) and attention.dim() == 2 else None
@@ -162,7 +176,9 @@ class Call:
         total = valid.sum(1, keepdim=True)
         prompt = self._prompt_len(inputs, valid, width, past, total)
         subject = None if inputs.subject is None else inputs.subject.to(device).reshape(batch, 1)
-        return Tokens(place, valid[:, past : past + width], prompt, _as_mask(inputs.mask, width), subject)
+        return Tokens(
+            place, valid[:, past : past + width], prompt, _as_mask(inputs.mask, width), subject
+        )
 
     def _in_scope(self, batch: int, width: int, past: int, device: torch.device) -> Tokens:
         """Describe columns of a generation, also for beams, chunked prefill and no cache."""
@@ -198,7 +214,9 @@ class Call:
         if inputs.labels is not None and inputs.labels.shape == position_ids.shape:
             labelled = (inputs.labels != -100).long()
             place_of_label = torch.where(labelled.bool(), position_ids, position_ids.max() + 1)
-            fill = torch.full((segment.shape[0], int(segment.max()) + 1), int(position_ids.max()) + 1)
+            fill = torch.full(
+                (segment.shape[0], int(segment.max()) + 1), int(position_ids.max()) + 1
+            )
             first = fill.to(segment.device).scatter_reduce(1, segment, place_of_label, "amin")
             prompt = first.gather(1, segment)
         else:
@@ -208,11 +226,18 @@ class Call:
             prompt = count.gather(1, segment)
         return Tokens(position_ids, valid, prompt, _as_mask(inputs.mask, starts.shape[1]))
 
-    def _prompt_len(self, inputs: Inputs, valid: Tensor, width: int, past: int, total: Tensor) -> Tensor:
+    def _prompt_len(
+        self, inputs: Inputs, valid: Tensor, width: int, past: int, total: Tensor
+    ) -> Tensor:
         if inputs.prompt_lens is not None:
             return inputs.prompt_lens.to(total.device).reshape(-1, 1)
         labels = inputs.labels
-        if labels is not None and labels.dim() == 2 and labels.shape[1] == width and not self.is_encoder:
+        if (
+            labels is not None
+            and labels.dim() == 2
+            and labels.shape[1] == width
+            and not self.is_encoder
+        ):
             labelled = labels.to(total.device) != -100
             before = (labelled.long().cumsum(1) == 0) & valid[:, past : past + width]
             return before.sum(1, keepdim=True) + valid[:, :past].sum(1, keepdim=True)
@@ -220,7 +245,9 @@ class Call:
             if past:
                 self._refuse_unknown_end("a call with cached tokens")
             elif self.now.training and inputs.mask is None:
-                self._refuse_unknown_end("a training step without labels (label smoothing drops them)")
+                self._refuse_unknown_end(
+                    "a training step without labels (label smoothing drops them)"
+                )
         return total
 
     def _refuse_unknown_end(self, situation: str) -> None:
@@ -247,7 +274,9 @@ class Call:
             found = now.places[keys] = self._place(now, keys)
         return found
 
-    def _place(self, now: Snapshot, keys: tuple[tuple[str, str], ...]) -> tuple[Tensor | None, dict]:
+    def _place(
+        self, now: Snapshot, keys: tuple[tuple[str, str], ...]
+    ) -> tuple[Tensor | None, dict]:
         assert now.tokens is not None
         masks, bound = {}, 0
         for name, group in keys:

@@ -34,7 +34,9 @@ def levels(model: nn.Module) -> list[nn.Module]:
     return found[::-1]
 
 
-def save_adapter(model: nn.Module, folder: str | Path, figures: dict[str, Any] | None = None) -> Path:
+def save_adapter(
+    model: nn.Module, folder: str | Path, figures: dict[str, Any] | None = None
+) -> Path:
     """Save what is trained on a model.
 
     Args:
@@ -143,7 +145,14 @@ def _plain_targets(targets: Any) -> Any:
 
 def _card(parts: list[nn.Module], figures: dict[str, Any]) -> str:
     """Return the model card of an artefact."""
-    lines = ["---", "library_name: peft", f"base_model: {_base_name(parts[0])}", "tags: [reftune]", "---", ""]
+    lines = [
+        "---",
+        "library_name: peft",
+        f"base_model: {_base_name(parts[0])}",
+        "tags: [reftune]",
+        "---",
+        "",
+    ]
     title = " + ".join(_describe_level(part) for part in parts)
     lines += [f"# {title}", "", "```python", "import reftune", ""]
     lines += ['model, tokenizer = reftune.load("PATH OR HUB NAME OF THIS FOLDER")', "```", ""]
@@ -151,7 +160,9 @@ def _card(parts: list[nn.Module], figures: dict[str, Any]) -> str:
         lines += ["| figure | value |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in figures.items()]
         lines.append("")
-    lines.append("Trained with [reftune](https://pypi.org/project/reftune/). With plain PEFT, `import reftune.peft` first.")
+    lines.append(
+        "Trained with [reftune](https://pypi.org/project/reftune/). With plain PEFT, `import reftune.peft` first."
+    )
     return "\n".join(lines) + "\n"
 
 
@@ -196,7 +207,9 @@ def load_adapter(
             "Give a folder written by reftune or PEFT, or a run folder.",
         )
     config = _read_json(folder / CONFIG)
-    model, tokenizer = _base_for(config.get("base_model_name_or_path"), model, tokenizer, path, config)
+    model, tokenizer = _base_for(
+        config.get("base_model_name_or_path"), model, tokenizer, path, config
+    )
     return _load_level(folder, model, trainable).eval(), tokenizer
 
 
@@ -209,13 +222,19 @@ def resolve_folder(path: str | Path) -> Path:
     if folder.exists():
         return folder
     if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or folder.parent.exists():
-        raise AdapterError(f'There is no adapter folder "{path}".', "Check the path; hub names are owner/name.")
+        raise AdapterError(
+            f'There is no adapter folder "{path}".', "Check the path; hub names are owner/name."
+        )
     return _download(str(path))
 
 
 def _download(name: str) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import (
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+    )
 
     try:
         return Path(snapshot_download(name))
@@ -230,14 +249,20 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(f"{path.name} in {path.parent} cannot be read: {error}.", "Save it again.") from error
+        raise AdapterError(
+            f"{path.name} in {path.parent} cannot be read: {error}.", "Save it again."
+        ) from error
     if not isinstance(values, dict):
         raise AdapterError(f"{path.name} in {path.parent} holds no settings.", "Save it again.")
     return values
 
 
 def _base_for(
-    name: str | None, model: nn.Module | None, tokenizer: Any, path: Any, config: dict[str, Any] | None = None
+    name: str | None,
+    model: nn.Module | None,
+    tokenizer: Any,
+    path: Any,
+    config: dict[str, Any] | None = None,
 ) -> tuple[nn.Module, Any]:
     """Return the base model an artefact needs."""
     if model is not None:
@@ -247,11 +272,15 @@ def _base_for(
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
 
-    head = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get((config or {}).get("task_type"), "causal")
+    head = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(
+        (config or {}).get("task_type"), "causal"
+    )
     try:
         return load_base(ModelSpec(name=name, head=head))
     except ModelError as error:
-        raise AdapterError(f'The base model of "{path}" is not available: {error.what}', "Pass model=.") from error
+        raise AdapterError(
+            f'The base model of "{path}" is not available: {error.what}', "Pass model=."
+        ) from error
 
 
 def _load_level(folder: Path, model: nn.Module, trainable: bool) -> nn.Module:
@@ -271,7 +300,9 @@ def _load_level(folder: Path, model: nn.Module, trainable: bool) -> nn.Module:
         with safe_open(folder / WEIGHTS, framework="pt") as file:
             saved = set(file.keys())
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"The weights in {folder} cannot be read: {error}.", "Save the adapter again.") from error
+        raise AdapterError(
+            f"The weights in {folder} cannot be read: {error}.", "Save the adapter again."
+        ) from error
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
     except (RuntimeError, ValueError, TypeError, KeyError) as error:
@@ -294,7 +325,9 @@ def _check_complete(model: nn.Module, saved: set[str], folder: Path) -> None:
 
     from reftune.model.site import CHILD
 
-    present = set(get_peft_model_state_dict(model, adapter_name=_active(model), save_embedding_layers=False))
+    present = set(
+        get_peft_model_state_dict(model, adapter_name=_active(model), save_embedding_layers=False)
+    )
     ours = _kind(model) == "reft"
     present = {key for key in present if (f".{CHILD}." in key) == ours or key in saved}
     if present != saved:
@@ -322,5 +355,10 @@ def describe(path: str | Path) -> dict[str, Any]:
         keys = ("method", "layers", "positions", "site", "tied", "intervention", "r")
         picked = {key: config[key] for key in keys if key in config}
         base = config.get("base_model_name_or_path")
-        return {"kind": config.get("peft_type", "?").lower(), "base": base, **picked, "bytes": adapter_bytes(folder)}
+        return {
+            "kind": config.get("peft_type", "?").lower(),
+            "base": base,
+            **picked,
+            "bytes": adapter_bytes(folder),
+        }
     return {"kind": "model", "base": str(path), "bytes": adapter_bytes(folder)}

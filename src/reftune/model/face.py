@@ -15,8 +15,8 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, PeftModel, PeftType, get_peft_model
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.peft_types import TaskType
 from torch import nn
@@ -122,8 +122,14 @@ class ReftConfig(PeftConfig):
     def placement(self) -> core.Placement:
         """Return where the adapter acts."""
         return core.Placement(
-            self.layers, self.site, self.positions, self.train_positions,
-            self.tied, self.short, self.stack, self.blocks,
+            self.layers,
+            self.site,
+            self.positions,
+            self.train_positions,
+            self.tied,
+            self.short,
+            self.stack,
+            self.blocks,
         )
 
     def settings(self) -> tuple[type[Intervention], InterventionConfig]:
@@ -184,7 +190,9 @@ class ReftModel(BaseTuner):
     tuner_layer_cls = ReftLayer
     target_module_mapping: dict[str, list[str]] = {}
 
-    def __init__(self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, model: nn.Module, peft_config: Any, adapter_name: str, **kwargs: Any
+    ) -> None:
         below = model.peft_config if isinstance(model, PeftModel) else None
         if below is None:
             super().__init__(model, peft_config, adapter_name, **kwargs)
@@ -215,7 +223,9 @@ class ReftModel(BaseTuner):
         pattern = rf"(.*\.)?({peft_config.target_modules})"
         return CHILD not in key.split(".") and re.fullmatch(pattern, key) is not None
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(
+        self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
         """Create the sites. Targets come from the config, never from checkpoint keys."""
         kwargs["state_dict"] = None
         super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -232,8 +242,14 @@ class ReftModel(BaseTuner):
     ) -> None:
         method, config = peft_config.settings()
         site = core.inject(
-            self.model, self._blocks, self._targets[current_key], adapter_name, method, config,
-            peft_config.placement(), ReftLayer,
+            self.model,
+            self._blocks,
+            self._targets[current_key],
+            adapter_name,
+            method,
+            config,
+            peft_config.placement(),
+            ReftLayer,
         )
         site.strength[adapter_name] = peft_config.strength
 

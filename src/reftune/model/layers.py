@@ -47,15 +47,21 @@ def _parse_part(part: str, num_layers: int, choice: object) -> list[int]:
         return list(range(0, num_layers, 2))
     match = re.fullmatch(rf"({NUMBER})(?:(?:-|\.\.)({NUMBER}))?", part)
     if match is None:
-        raise SiteError(f"{part!r} in the layer choice {choice!r} is not understood.", _remedy(num_layers))
+        raise SiteError(
+            f"{part!r} in the layer choice {choice!r} is not understood.", _remedy(num_layers)
+        )
     if match[2] is None:
         if "." in part:
-            raise SiteError(f"{part!r}: a fraction needs an end, as in 0.5-1.0.", _remedy(num_layers))
+            raise SiteError(
+                f"{part!r}: a fraction needs an end, as in 0.5-1.0.", _remedy(num_layers)
+            )
         return [_index(int(part), num_layers, choice)]
     if "." in match[1] or "." in match[2]:
         low, high = float(match[1]), float(match[2])
         if not 0 <= low < high <= 1:
-            raise SiteError(f"The fractions {part!r} must rise within 0.0 to 1.0.", _remedy(num_layers))
+            raise SiteError(
+                f"The fractions {part!r} must rise within 0.0 to 1.0.", _remedy(num_layers)
+            )
         return [i for i in range(num_layers) if low <= i / num_layers < high]
     first, last = (_index(int(text), num_layers, choice) for text in (match[1], match[2]))
     if first > last:

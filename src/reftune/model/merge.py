@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError
-from reftune.model.site import CHILD, Site, site_of
+from reftune.model.site import Site, site_of
 from reftune.model.sites import base_of
 
 LAST_LINEAR = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "wo", "c_fc2", "dense")
@@ -59,8 +59,14 @@ def _outputs(base: nn.Module, active: list[str]) -> Tensor:
     for site in sites:
         site._active_adapter, site._disable_adapters = list(active), not active
     device = next(base.parameters()).device
-    ids = (torch.arange(24, device=device).reshape(2, 12) * 7 + 5) % base.config.get_text_config().vocab_size
-    extra = {"decoder_input_ids": ids[:, :4]} if getattr(base.config, "is_encoder_decoder", False) else {}
+    ids = (
+        torch.arange(24, device=device).reshape(2, 12) * 7 + 5
+    ) % base.config.get_text_config().vocab_size
+    extra = (
+        {"decoder_input_ids": ids[:, :4]}
+        if getattr(base.config, "is_encoder_decoder", False)
+        else {}
+    )
     try:
         output = base(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)
     finally:
@@ -80,10 +86,13 @@ def _plan(module: nn.Module, site: Site, name: str) -> tuple[nn.Module, Tensor, 
     (group, intervention), *more = site.groups(name).items()
     affine = intervention.as_affine()
     if more or not rule.all:
-        raise AdapterError(f'"{name}" cannot be merged: it edits "{rule}", weights act on all tokens.', KEEP)
+        raise AdapterError(
+            f'"{name}" cannot be merged: it edits "{rule}", weights act on all tokens.', KEEP
+        )
     if affine is None:
         raise AdapterError(
-            f'"{name}" cannot be merged: {intervention.name} is no element-wise scale and shift.', KEEP
+            f'"{name}" cannot be merged: {intervention.name} is no element-wise scale and shift.',
+            KEEP,
         )
     strength = site.strength[name]
     scale, shift = 1 + strength * (affine[0] - 1), strength * affine[1]
@@ -100,21 +109,30 @@ def _plan(module: nn.Module, site: Site, name: str) -> tuple[nn.Module, Tensor, 
 
 def _check_plain(linear: nn.Module, name: str) -> None:
     weight = getattr(linear, "weight", None)
-    if weight is None or not weight.is_floating_point() or hasattr(weight, "quant_state") or type(
-        weight
-    ).__module__.startswith(("torchao", "bitsandbytes")):
+    if (
+        weight is None
+        or not weight.is_floating_point()
+        or hasattr(weight, "quant_state")
+        or type(weight).__module__.startswith(("torchao", "bitsandbytes"))
+    ):
         raise AdapterError(
             f'"{name}" cannot be merged: the base weights are quantised ({type(linear).__name__}).',
             "Load the base model without quantisation to merge.",
         )
     if hasattr(linear, "base_layer"):
-        raise AdapterError(f'"{name}" cannot be merged: the module carries a LoRA.', "Merge the LoRA first.")
+        raise AdapterError(
+            f'"{name}" cannot be merged: the module carries a LoRA.', "Merge the LoRA first."
+        )
 
 
 def _last_linear(block: nn.Module, shift: Tensor, name: str) -> nn.Module:
     """Return the last linear module of the block's feed-forward branch."""
     for key in LAST_LINEAR:
-        found = [n for n, m in block.named_modules() if n.split(".")[-1] == key and _width(m) == len(shift)]
+        found = [
+            n
+            for n, m in block.named_modules()
+            if n.split(".")[-1] == key and _width(m) == len(shift)
+        ]
         if not found:
             continue
         linear = block.get_submodule(found[-1])

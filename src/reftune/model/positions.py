@@ -197,7 +197,9 @@ def _parse_term(term: str, text: str) -> tuple[str, int | bool]:
         return term, True
     match = re.fullmatch(r"(f|l|generated:)(\d+)", term)
     if match is None:
-        raise PositionError(f'"{term}" in the position rule "{text}" is not a term.', nearest(term, TERMS))
+        raise PositionError(
+            f'"{term}" in the position rule "{text}" is not a term.', nearest(term, TERMS)
+        )
     count = int(match[2])
     if count < 1:
         raise PositionError(f'"{term}" in "{text}" counts no token.', "Use a count of at least 1.")

@@ -114,7 +114,9 @@ class Runner:
         with self._scope(prepared), catcher:
             output = self.model(
                 input_ids=prepared.input_ids,
-                attention_mask=None if "position_ids" in prepared.extra else prepared.attention_mask,
+                attention_mask=None
+                if "position_ids" in prepared.extra
+                else prepared.attention_mask,
                 use_cache=False,
                 **prepared.extra,
             )
@@ -136,15 +138,23 @@ class Runner:
             )
         states = output.decoder_hidden_states[-1][rows, columns] if hidden else None
         return RunOutput(
-            output.logits[rows, columns], prepared.labels[where], rows, states, num_rows=prepared.num_rows
+            output.logits[rows, columns],
+            prepared.labels[where],
+            rows,
+            states,
+            num_rows=prepared.num_rows,
         )
 
     def _classify(self, prepared: Prepared) -> RunOutput:
         with self._scope(prepared):
             output = self.model(
-                input_ids=prepared.input_ids, attention_mask=prepared.attention_mask, **prepared.extra
+                input_ids=prepared.input_ids,
+                attention_mask=prepared.attention_mask,
+                **prepared.extra,
             )
-        return RunOutput(None, prepared.labels, None, class_logits=output.logits, num_rows=prepared.num_rows)
+        return RunOutput(
+            None, prepared.labels, None, class_logits=output.logits, num_rows=prepared.num_rows
+        )
 
 
 class _HeadGather:
@@ -158,7 +168,9 @@ class _HeadGather:
 
     def __enter__(self) -> _HeadGather:
         if self.head is None:
-            raise ModelError("The model has no language-model head.", "Load a causal language model.")
+            raise ModelError(
+                "The model has no language-model head.", "Load a causal language model."
+            )
         self.handle = self.head.register_forward_pre_hook(self._gather)
         return self
 

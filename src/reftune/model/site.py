@@ -59,7 +59,11 @@ class Site(nn.Module):
         return sorted({name for group in GROUPS for name in getattr(self, f"reft_{group}")})
 
     def add(
-        self, name: str, method: type[Intervention], config: InterventionConfig, groups: tuple[str, ...]
+        self,
+        name: str,
+        method: type[Intervention],
+        config: InterventionConfig,
+        groups: tuple[str, ...],
     ) -> None:
         """Create the interventions of an adapter.
 
@@ -103,7 +107,9 @@ class Site(nn.Module):
         names = tuple(self._active_names()) if rows is None else tuple(dict.fromkeys(rows))
         if self._plan_cache is None or self._plan_cache[0] != names:
             plan = tuple(
-                (name, group, module) for name in names for group, module in self.groups(name).items()
+                (name, group, module)
+                for name in names
+                for group, module in self.groups(name).items()
             )
             self._plan_cache = (names, plan)
         return self._plan_cache[1]
@@ -233,5 +239,6 @@ def check_adapter_name(name: str) -> None:
     """
     if not name or "." in name or name == BASE or name.startswith("reft_") or name == CHILD:
         raise AdapterError(
-            f'"{name}" cannot name an adapter.', 'Use a name without dots, not starting with "reft_".'
+            f'"{name}" cannot name an adapter.',
+            'Use a name without dots, not starting with "reft_".',
         )

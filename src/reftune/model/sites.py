@@ -81,7 +81,9 @@ def _stack(base: nn.Module, stack: str) -> tuple[nn.Module, bool]:
     """Return the backbone to hook and whether it is an encoder."""
     config = getattr(base, "config", None)
     if stack not in ("auto", "encoder", "decoder"):
-        raise SiteError(f'There is no stack "{stack}".', nearest(stack, ("auto", "encoder", "decoder")))
+        raise SiteError(
+            f'There is no stack "{stack}".', nearest(stack, ("auto", "encoder", "decoder"))
+        )
     if getattr(config, "is_encoder_decoder", False):
         side = "decoder" if stack == "decoder" else "encoder"
         return getattr(base, f"get_{side}")(), side == "encoder"
@@ -136,7 +138,10 @@ def _width(config: object, modules: list[nn.Module]) -> int:
             return getattr(text, key)
     sizes = [m.weight.shape[-1] for m in modules[0].modules() if "norm" in type(m).__name__.lower()]
     if not sizes:
-        raise SiteError("The width of the hidden states is not in the model's config.", "Set config.hidden_size.")
+        raise SiteError(
+            "The width of the hidden states is not in the model's config.",
+            "Set config.hidden_size.",
+        )
     return int(sizes[0])
 
 

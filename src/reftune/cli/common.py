@@ -1,0 +1,259 @@
+"""What the verbs share: consoles, JSON output, recipes with overrides, models by any name."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from reftune.errors import DataError, RecipeError, ReftuneError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from reftune.config.recipe import ModelSpec, Recipe, TaskSpec
+
+JsonFlag = Annotated[
+    bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change a recipe value, as adapter.rank=8. Repeatable."
+    ),
+]
+
+
+class Interrupted(ReftuneError):
+    """The user pressed Ctrl-C."""
+
+    exit_code, page = 130, "interrupted"
+
+
+@cache
+def out() -> Console:
+    """Return the console of results: standard output."""
+    from rich.console import Console
+
+    return Console(highlight=False)
+
+
+@cache
+def err() -> Console:
+    """Return the console of everything else: standard error."""
+    from rich.console import Console
+
+    return Console(stderr=True, highlight=False)
+
+
+def is_main_process() -> bool:
+    """Return whether this process prints; the others of a distributed run keep quiet."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def print_json(value: Any) -> None:
+    """Print one JSON value on standard output."""
+    from reftune.report.files import to_json
+
+    if is_main_process():
+        sys.stdout.write(to_json(value, indent=2) + "\n")
+        sys.stdout.flush()
+
+
+def note(text: str) -> None:
+    """Print a remark on standard error, away from results."""
+    if is_main_process():
+        err().print(text, markup=False, soft_wrap=True)
+
+
+def read_recipe(
+    recipe: str,
+    overrides: Sequence[str] | None = None,
+    name: str | None = None,
+    output: str | None = None,
+    seed: int | None = None,
+) -> Recipe:
+    """Read a recipe file or a shipped recipe, with the changes of the command line.
+
+    Raises:
+        RecipeError: If there is none or it has faults.
+    """
+    from reftune.config.loader import load
+    from reftune.config.shipped import find
+
+    changes = list(overrides or [])
+    options = {"name": name, "output": output, "seed": seed}
+    changes += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
+    return load(find(recipe), changes)
+
+
+def task_spec(
+    task: str, data_dir: str | None, options: Sequence[str], sizes: dict[str, int | None]
+) -> TaskSpec:
+    """Return a task by name, or own data from a file, checked like a recipe.
+
+    Args:
+        task: A task's name, or a JSONL, CSV or parquet file whose rows are scored.
+        data_dir: Folder with local files of a named task.
+        options: Further keys of the task, `style=prose`.
+        sizes: `train_size`, `validation_size`, `test_size`.
+    """
+    from reftune.config.loader import from_dict
+
+    is_file = Path(task).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
+    values: dict[str, Any] = {"name": "own", "test": task} if is_file else {"name": task}
+    values |= {key: value for key, value in sizes.items() if value is not None}
+    if data_dir:
+        values["data_dir"] = data_dir
+    if is_file:
+        # A recipe needs data to train on; scoring does not.
+        values["train"] = "-"
+    made = from_dict({"task": values}, [f"task.{option}" for option in options]).task
+    from dataclasses import replace
+
+    return replace(made, train=None) if made.train == "-" else made
+
+
+def run_recipe(path: str) -> Recipe | None:
+    """Return the recipe of a run folder, or None if `path` is no run folder."""
+    from reftune.config.loader import load
+
+    file = Path(path) / "recipe.yaml"
+    return load(file) if file.is_file() else None
+
+
+def load_any(what: str, spec: ModelSpec | None = None, num_labels: int | None = None) -> Any:
+    """Load a base model, an adapter, a stack, a trained model or a run folder.
+
+    Args:
+        what: `nano`, a folder or a hub name.
+        spec: How to load a base model; its name is replaced by `what`.
+        num_labels: Classes of a classification head.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        ModelError, AdapterError: If it cannot be found or loaded.
+    """
+    from dataclasses import replace
+
+    from reftune.config.recipe import ModelSpec
+    from reftune.model.build import load_base
+    from reftune.model.checkpoint import describe, load_adapter
+
+    recipe = run_recipe(what)
+    spec = spec or (recipe.model if recipe else ModelSpec())
+    if num_labels is not None:
+        spec = replace(spec, head="classification")
+    if not is_adapter(what):
+        return load_base(replace(spec, name=what), num_labels)
+    facts = describe(what)
+    base = recipe.model.name if recipe else facts.get("base")
+    if facts.get("kind") == "model" or not base:
+        return load_adapter(what)
+    model, tokenizer = load_base(replace(spec, name=base), num_labels)
+    if recipe and recipe.model.adapter:
+        model, _ = load_adapter(recipe.model.adapter, model)
+    return load_adapter(what, model, tokenizer=tokenizer)
+
+
+def is_adapter(what: str) -> bool:
+    """Return whether a name is something trained rather than a plain base model."""
+    folder = Path(what).expanduser()
+    files = ("adapter_config.json", "stack.json")
+    if folder.is_dir():
+        inner = [folder, folder / "adapter", folder / "stack", folder / "model"]
+        trained = any((place / file).is_file() for place in inner for file in files)
+        return trained or (folder / "model" / "config.json").is_file()
+    if "/" not in what or folder.parent.is_dir():
+        return False
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(what) is not None
+    except OSError:
+        return False
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """Load only the tokenizer of a base model.
+
+    Raises:
+        ModelError: If it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from reftune import nano
+    from reftune.errors import ModelError
+
+    try:
+        place = nano.path(spec.name) if spec.name in nano.NAMES else spec.name
+        return AutoTokenizer.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f'The tokenizer of "{spec.name}" could not be loaded: {str(error).splitlines()[0]}',
+            "Give nano, a model folder, or a hub name (needs the network).",
+        ) from error
+
+
+@contextmanager
+def progress(title: str, show: bool = True) -> Iterator[Callable[[int, int], None] | None]:
+    """Show a bar on standard error; yields a function of (done, total), or None."""
+    if not (show and is_main_process() and err().is_terminal):
+        yield None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
+
+    bar = Progress(
+        "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err()
+    )
+    with bar:
+        task = bar.add_task(title, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def read_prompts(prompts: Sequence[str], file: str | None) -> list[Any]:
+    """Return prompts from arguments, a file, or standard input (`-`).
+
+    A `.jsonl` file holds `prompt` or `messages` a line; any other file one prompt a line.
+
+    Raises:
+        DataError: If the file is missing or a line is no prompt.
+        RecipeError: If there are no prompts at all.
+    """
+    found: list[Any] = [prompt for prompt in prompts if prompt != "-"]
+    if "-" in prompts:
+        found += [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if file:
+        found += _prompt_file(Path(file))
+    if not found:
+        raise RecipeError("There is no prompt.", 'Write it in quotes, give --file, or "-" for stdin.')
+    return found
+
+
+def _prompt_file(path: Path) -> list[Any]:
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path} cannot be read: {error}.", "Give a UTF-8 text file.") from error
+    if path.suffix != ".jsonl":
+        return lines
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line)
+            found.append(row["messages"] if "messages" in row else row["prompt"])
+        except (json.JSONDecodeError, KeyError, TypeError):
+            what = f"{path} line {number} has no prompt or messages."
+            raise DataError(what, 'Write {"prompt": "..."} a line.') from None
+    return found

@@ -1,0 +1,234 @@
+"""The `reftune` command: joins the verbs and turns errors into one line and an exit code.
+
+Exit codes: 0 done, 1 unexpected, 2 recipe or usage, 3 data, 4 model, adapter, site or position,
+5 training, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from reftune import __version__
+from reftune.cli import (
+    chat,
+    convert,
+    doctor,
+    eval,
+    generate,
+    inspect,
+    methods,
+    recipes,
+    report,
+    sweep,
+    train,
+)
+from reftune.cli.common import Interrupted
+from reftune.errors import ReftuneError, TrainingError
+
+EXIT_CODES = """\
+**Exit codes:** 0 done · 1 unexpected · 2 recipe or usage · 3 data ·
+4 model, adapter, site or position · 5 training · 130 interrupted"""
+
+
+class Group(TyperGroup):
+    """A command group that reports Ctrl-C like any other error."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the verb."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:
+            raise Interrupted("Interrupted.", "Nothing under a final name is half-written.") from None
+
+
+app = typer.Typer(
+    cls=Group,
+    name="reftune",
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=EXIT_CODES,
+)
+
+for name, verb in {
+    "train": train.train,
+    "eval": eval.evaluate,
+    "generate": generate.generate,
+    "chat": chat.chat,
+    "inspect": inspect.inspect,
+    "sweep": sweep.sweep,
+    "report": report.report,
+    "methods": methods.methods,
+    "recipes": recipes.recipes,
+    "convert": convert.convert,
+    "doctor": doctor.doctor,
+}.items():
+    app.command(name)(verb)
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"reftune {__version__}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def start(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks and debug logs.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Only warnings and errors.")] = False,
+) -> None:
+    """Adapt language models by their representations and by rewards.
+
+    A first round, without any download:
+
+        reftune recipes                     # what there is to start from
+        reftune inspect RECIPE              # which tokens are edited, which are learned
+        reftune train RECIPE                # train, evaluate, save
+        reftune chat runs/NAME              # talk to the result
+
+    `reftune VERB --help` explains each verb with examples.
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+        raise typer.Exit
+
+
+def run(argv: Sequence[str] | None = None) -> NoReturn:
+    """Run the command line and leave the process with its exit code."""
+    sys.exit(main(argv))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: Arguments without the program's name; default are the process's.
+
+    Returns:
+        The exit code.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug, arguments = _take(arguments, "--debug")
+    quiet, arguments = _take(arguments, "--quiet")
+    _set_up_logging(debug, quiet)
+    try:
+        command = typer.main.get_command(app)
+        code = command.main(arguments, prog_name="reftune", standalone_mode=False)
+        return code if isinstance(code, int) else 0
+    except BaseException as error:
+        if debug and not isinstance(error, SystemExit):
+            raise
+        return _report(error, "--json" in arguments)
+
+
+def _take(arguments: list[str], flag: str) -> tuple[bool, list[str]]:
+    """Take a flag out of the arguments, wherever it stands before `--`."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    kept = [word for word in arguments[:end] if word != flag]
+    return len(kept) < end, kept + arguments[end:]
+
+
+def _report(error: BaseException, as_json: bool) -> int:
+    """Print an error in one go on standard error; return the exit code."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, BrokenPipeError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    known = translate(error)
+    _print_error(str(known))
+    if as_json:
+        from reftune.cli.common import print_json
+
+        faults = [str(fault) for fault in getattr(known, "faults", [])]
+        facts = {"type": type(known).__name__, "message": known.what, "remedy": known.remedy}
+        print_json({"error": {**facts, "exit_code": known.exit_code, "faults": faults}})
+    return known.exit_code
+
+
+def translate(error: BaseException) -> ReftuneError:
+    """Turn any error into one the user can act on."""
+    if isinstance(error, ReftuneError):
+        return error
+    if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
+        return Interrupted("Interrupted.")
+    if hasattr(error, "format_message"):  # a usage error of typer, whichever click it carries
+        return _usage(error)
+    if no_space_left(error):
+        return TrainingError(
+            "No space left on the device; files already complete are untouched.",
+            "Free space, or choose another place with --output, then go on with --resume.",
+        )
+    text = str(error).strip().splitlines() or [""]
+    if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text[0].lower():
+        return TrainingError(
+            f"Out of memory: {text[0]}",
+            "Use a smaller micro_batch_size or max_len, or gradient_checkpointing: true.",
+        )
+    if isinstance(error, OSError):
+        return ReftuneError(f"{type(error).__name__}: {error}.", "Check the path and its permissions.")
+    what = f"Unexpected {type(error).__name__}: {text[0]}"
+    return ReftuneError(what, "Run again with --debug to see where; please report it.")
+
+
+def no_space_left(error: BaseException | None) -> bool:
+    """Return whether an error, or one it came from, says that the disk or quota is full."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if "No space left on device" in str(error):  # what writers in Rust and C++ raise
+            return True
+        error = error.__cause__ or error.__context__
+    return False
+
+
+def _usage(error: Any) -> ReftuneError:
+    from reftune.errors import RecipeError
+
+    context = getattr(error, "ctx", None)
+    path = getattr(context, "command_path", "reftune")
+    message = error.format_message().strip().rstrip(".")
+    return RecipeError(f"{message}.", f"`{path} --help` shows how.")
+
+
+def _print_error(text: str) -> None:
+    from reftune.cli.common import err, is_main_process
+
+    if not is_main_process():
+        return
+    from rich.text import Text
+
+    err().print(Text("reftune: ", style="bold red") + Text(text), soft_wrap=True)
+
+
+def _set_up_logging(debug: bool, quiet: bool) -> None:
+    """Log to standard error: reftune's own remarks, others' warnings."""
+    from reftune.cli.common import is_main_process
+
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(logging.DEBUG if debug else logging.WARNING)
+    talk = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
+    logging.getLogger("reftune").setLevel(talk if is_main_process() else logging.ERROR)
+    for name in ("matplotlib", "PIL", "urllib3", "filelock", "asyncio", "fsspec"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+if __name__ == "__main__":
+    run()

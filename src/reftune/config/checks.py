@@ -1,0 +1,194 @@
+"""What no single value can tell: ranges, grammars and values that must fit each other."""
+
+from __future__ import annotations
+
+import importlib
+import math
+import re
+from typing import Any
+
+from reftune.config import options as registries
+from reftune.config.reading import Reader, join, stage_key
+from reftune.config.recipe import AdapterSpec, Recipe, StageSpec, TaskSpec
+from reftune.config.types import show
+from reftune.errors import PositionError, ReftuneError, nearest
+
+ABOVE_ZERO = {
+    "": ["threads"],
+    "task": ["train_size", "validation_size", "test_size"],
+    "stage": ["epochs", "max_steps", "batch_size", "micro_batch_size", "max_len"],
+    "optimiser": ["lr", "eps"],
+    "evaluation": ["batch_size", "max_new_tokens", "samples"],
+}
+NOT_BELOW_ZERO = {
+    "": ["seed"],
+    "stage": ["checkpoint_every", "evaluate_every"],
+    "optimiser": ["weight_decay", "clip"],
+    "evaluation": ["temperature"],
+}
+TRACKERS = ("trackio", "wandb", "tensorboard")
+LAYER_REMEDY = (
+    'Write "all", "late", "half", a list [0, 5], ranges "4-7", negative numbers "-1" '
+    'or fractions "0.5-1.0".'
+)
+
+
+def check_recipe(recipe: Recipe, reader: Reader) -> None:
+    """Note all faults that show only when values are seen together."""
+    checker = Checker(reader)
+    checker.ranges(recipe, "", "")
+    checker.ranges(recipe.task, "task", "task")
+    checker.ranges(recipe.evaluation, "evaluation", "evaluation")
+    _names(recipe, checker)
+    _task(recipe.task, checker)
+    _evaluation(recipe, checker)
+    stages = reader.places["stages"]
+    for index, stage in enumerate(recipe.stages):
+        key = stage_key(stages, index) if stages.value else ""
+        _stage(stage, key, recipe, checker)
+
+
+class Checker:
+    """Notes faults at keys, unless the key is known to be bad already."""
+
+    def __init__(self, reader: Reader) -> None:
+        self.reader = reader
+
+    def fault(self, key: str, text: str, also: tuple[str, ...] = ()) -> None:
+        """Note a fault at `key`, unless it or a key in `also` has one already."""
+        if not self.reader.bad.intersection((key, *also)):
+            self.reader.fault(key, text)
+
+    def ranges(self, spec: Any, group: str, key: str) -> None:
+        """Check that sizes, counts and rates are in range."""
+        for name in ABOVE_ZERO.get(group, []):
+            value = getattr(spec, name)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                self.fault(join(key, name), f"{show(value)} is not above 0.")
+        for name in NOT_BELOW_ZERO.get(group, []):
+            value = getattr(spec, name)
+            if not (math.isfinite(value) and value >= 0):
+                self.fault(join(key, name), f"{show(value)} is below 0 or not finite.")
+
+    def grammar(self, key: str, parse: Any, text: Any, remedy: str = "") -> None:
+        """Note a fault if `parse(text)` refuses the text."""
+        try:
+            parse(text)
+        except ReftuneError as error:
+            self.fault(key, f"{error.what} {remedy or error.remedy}")
+
+
+def _names(recipe: Recipe, checker: Checker) -> None:
+    parts = re.split(r"[/\\]", recipe.name)
+    if not recipe.name.strip() or recipe.name.startswith("/") or set(parts) & {"", ".", ".."}:
+        text = f"{show(recipe.name)} cannot name a folder below `output`. Write a plain name."
+        checker.fault("name", text)
+    for tracker in recipe.track:
+        if tracker not in TRACKERS:
+            checker.fault(
+                "track", f"there is no tracker {show(tracker)}. {nearest(tracker, TRACKERS)}"
+            )
+
+
+def _task(task: TaskSpec, checker: Checker) -> None:
+    seen: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        source = getattr(task, split)
+        if source is None:
+            continue
+        if source in seen:
+            text = (
+                f"{show(source)} is the {seen[source]} data too. Scores on rows that were trained "
+                f"or chosen on mean nothing. Give other rows, or leave `{split}` out."
+            )
+            checker.fault(f"task.{split}", text, (f"task.{seen[source]}",))
+        seen.setdefault(source, split)
+    if task.name == "own" and task.train is None:
+        text = "own data need `train:`, a JSONL, CSV or parquet file or a hub data set name."
+        checker.fault("task.train", text, ("task.name", "task"))
+
+
+def _evaluation(recipe: Recipe, checker: Checker) -> None:
+    spec = recipe.evaluation
+    if not 0 < spec.top_p <= 1:
+        checker.fault("evaluation.top_p", f"{show(spec.top_p)} is not above 0 and up to 1.")
+    if spec.samples > 1 and spec.temperature == 0:
+        text = f"{spec.samples} greedy answers are all the same. Set `temperature` above 0."
+        checker.fault("evaluation.samples", text, ("evaluation.temperature",))
+
+
+def _stage(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None:
+    checker.ranges(stage, "stage", key)
+    checker.ranges(stage.optimiser, "optimiser", join(key, "optimiser"))
+    micro, batch = stage.micro_batch_size, stage.batch_size
+    if micro and micro > 0 and batch > 0 and batch % micro:
+        divisors = [n for n in range(1, batch + 1) if batch % n == 0]
+        text = (
+            f"{micro} does not divide batch_size {batch}. "
+            f"Use one of {', '.join(str(n) for n in divisors)}."
+        )
+        checker.fault(join(key, "micro_batch_size"), text, (join(key, "batch_size"),))
+    _optimiser(stage, join(key, "optimiser"), checker)
+    _adapter(stage, join(key, "adapter"), recipe, checker)
+    _objective(stage, join(key, "objective"), recipe, checker)
+
+
+def _optimiser(stage: StageSpec, key: str, checker: Checker) -> None:
+    spec = stage.optimiser
+    if not 0 <= spec.warmup < 1:
+        text = f"{show(spec.warmup)} is no share of all steps. Use a value from 0 to below 1."
+        checker.fault(join(key, "warmup"), text)
+    if not all(0 <= beta < 1 for beta in spec.betas):
+        checker.fault(join(key, "betas"), f"{list(spec.betas)} are not both from 0 to below 1.")
+
+
+def _adapter(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None:
+    adapter = stage.adapter
+    method_key = join(key, "method")
+    if adapter.method == "full" and recipe.model.quantize != "none":
+        text = "quantised weights cannot be trained. Choose another method or `quantize: none`."
+        checker.fault(method_key, text, ("model.quantize",))
+    if adapter.method == "head_only" and recipe.model.head != "classification":
+        text = "there is no head to train. Set `head: classification` under `model:`."
+        checker.fault(method_key, text, ("model.head",))
+    if adapter.method in registries.OTHER_METHODS:
+        return
+    rule = importlib.import_module("reftune.model.positions").PositionRule.parse
+    layers = importlib.import_module("reftune.model.layers")
+    checker.grammar(join(key, "positions"), rule, adapter.positions)
+    if adapter.train_positions is not None:
+        checker.grammar(join(key, "train_positions"), rule, adapter.train_positions)
+    if not adapter.tied:
+        checker.grammar(join(key, "tied"), _untied, adapter)
+    deep = 1000  # no model is deeper; whether a layer exists is known only with the model
+    checker.grammar(
+        join(key, "layers"),
+        lambda text: layers.parse_layers(text, deep),
+        adapter.layers,
+        LAYER_REMEDY,
+    )
+
+
+def _untied(adapter: AdapterSpec) -> None:
+    """Raise if prefix and suffix cannot have parameters of their own under these positions."""
+    placement = importlib.import_module("reftune.model.adapters").Placement
+    try:
+        placement(
+            positions=adapter.positions, train_positions=adapter.train_positions, tied=False
+        ).groups()
+    except PositionError:  # reported at its own key
+        return
+
+
+def _objective(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None:
+    name_key = join(key, "name")
+    if stage.objective not in registries.objective_names():
+        return
+    rows = getattr(registries.objective_class(stage.objective), "rows", "text")
+    head = recipe.model.head
+    if rows == "class" and head != "classification":
+        text = f'objective "{stage.objective}" needs `head: classification` under `model:`.'
+        checker.fault(name_key, text, ("model.head",))
+    if rows == "text" and head == "classification":
+        text = f'objective "{stage.objective}" learns text, but `model.head` is classification. '
+        checker.fault(name_key, text + "Use `objective: classification`.", ("model.head",))

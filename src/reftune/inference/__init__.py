@@ -1,0 +1,26 @@
+"""Inference: answers from models with adapters, their scores, and how sure the scores are."""
+
+from __future__ import annotations
+
+from reftune.inference.choose import choose
+from reftune.inference.evaluate import Evaluation, evaluate
+from reftune.inference.generate import generate
+from reftune.inference.predictions import Prediction, compare, load_predictions, save_predictions
+from reftune.inference.stats import PairedTest, mcnemar, over_seeds, wilson
+from reftune.inference.stream import stream
+
+__all__ = [
+    "Evaluation",
+    "PairedTest",
+    "Prediction",
+    "choose",
+    "compare",
+    "evaluate",
+    "generate",
+    "load_predictions",
+    "mcnemar",
+    "over_seeds",
+    "save_predictions",
+    "stream",
+    "wilson",
+]

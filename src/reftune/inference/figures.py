@@ -1,0 +1,147 @@
+"""Predictions to figures: means, aggregates, several samples, AUROC, each with its interval."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+from reftune.inference import stats
+from reftune.inference.predictions import Prediction, gold_choice, row_values
+
+if TYPE_CHECKING:
+    from reftune.config.recipe import EvaluationSpec
+    from reftune.report.model import Figure
+    from reftune.tasks.base import Example, Task
+
+_AGGREGATE_RESAMPLES = 300
+
+
+class Scored(Protocol):
+    """What the figures need to know about an evaluation."""
+
+    task: Task
+    examples: Sequence[Example]
+    spec: EvaluationSpec
+    seed: int
+
+
+def figures_of(run: Scored, predictions: list[Prediction], level: float) -> dict[str, Figure]:
+    """Return every metric with its interval; the main one first."""
+    names = list(dict.fromkeys(name for p in predictions for name in p.scores))
+    figures = {name: _mean_figure(predictions, name, run.seed, level) for name in names}
+    figures.update(_aggregates(run, [p for p in predictions if p.sample == 0], level))
+    if run.spec.samples > 1 and run.task.kind != "classification":
+        figures.update(_sample_figures(run, predictions, level))
+    figures.update(_auroc_figure(run, predictions, level))
+    main = {name: figures[name] for name in (run.task.metric,) if name in figures}
+    return {**main, **figures}
+
+
+def _mean_figure(predictions: list[Prediction], name: str, seed: int, level: float) -> Figure:
+    """Return the mean of a metric over rows."""
+    known = [p for p in predictions if math.isfinite(p.scores.get(name, math.nan))]
+    return _figure(list(row_values(known, name).values()) if known else [], seed, level)
+
+
+def _figure(values: list[float], seed: int, level: float) -> Figure:
+    """Return a mean with Wilson's interval if all values are 0 or 1, else a bootstrap's."""
+    from reftune.report.model import Figure
+
+    if not values:
+        return Figure(mean=None, n=0)
+    total = math.fsum(values)
+    if all(value in (0.0, 1.0) for value in values):
+        low, high = stats.wilson(int(total), len(values), level)
+    else:
+        low, high = stats.bootstrap(values, level=level, seed=seed)
+    unit = "share" if all(0 <= value <= 1 for value in values) else "score"
+    return Figure(mean=total / len(values), n=len(values), low=low, high=high, unit=unit)
+
+
+def _aggregates(run: Scored, predictions: list[Prediction], level: float) -> dict[str, Figure]:
+    """Return the task's own aggregates with bootstrap intervals over rows."""
+    import numpy as np
+
+    from reftune.report.model import Figure
+
+    outcomes = [_outcome(run, prediction) for prediction in predictions]
+    rows = list(zip((p.scores for p in predictions), run.examples, outcomes, strict=True))
+    point = run.task.aggregate(*map(list, zip(*rows, strict=True)))
+    if not point:
+        return {}
+    generator = np.random.default_rng(run.seed)
+    draws: dict[str, list[float]] = {name: [] for name in point}
+    for _ in range(_AGGREGATE_RESAMPLES):
+        chosen = [rows[i] for i in generator.integers(0, len(rows), len(rows))]
+        found = run.task.aggregate(*map(list, zip(*chosen, strict=True)))
+        for name, value in found.items():
+            if name in draws and math.isfinite(value):
+                draws[name].append(value)
+    figures = {}
+    for name, value in point.items():
+        ends: tuple[float | None, float | None] = (None, None)
+        if draws[name]:
+            low, high = np.quantile(draws[name], [(1 - level) / 2, (1 + level) / 2])
+            ends = float(low), float(high)
+        unit = "share" if 0 <= value <= 1 else "score"
+        mean = value if math.isfinite(value) else None
+        figures[name] = Figure(mean=mean, n=len(rows), low=ends[0], high=ends[1], unit=unit)
+    return figures
+
+
+def _outcome(run: Scored, prediction: Prediction) -> Any:
+    """Return what `Task.aggregate` takes: a text, a class index or a value."""
+    if run.task.kind != "classification":
+        return prediction.text
+    return float(prediction.text) if "." in prediction.text else int(prediction.text)
+
+
+def _sample_figures(run: Scored, predictions: list[Prediction], level: float) -> dict[str, Figure]:
+    """Return pass@k for k = 2, 4, 8 ... and all samples, and majority@samples."""
+    metric, samples = run.task.metric, run.spec.samples
+    by_row: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        by_row.setdefault(prediction.id, []).append(prediction)
+    if not all(p.scores.get(metric) in (0.0, 1.0) for p in predictions):
+        return {}
+    right = [sum(int(p.scores[metric]) for p in row) for row in by_row.values()]
+    sizes = sorted({samples, *(2**i for i in range(1, samples.bit_length()) if 2**i < samples)})
+    figures = {}
+    for k in sizes:
+        values = [stats.pass_at_k(samples, count, k) for count in right]
+        figures[f"pass@{k}"] = _figure(values, run.seed, level)
+    votes = [_majority(row, metric) for row in by_row.values()]
+    figures[f"majority@{samples}"] = _figure(votes, run.seed, level)
+    return figures
+
+
+def _majority(row: list[Prediction], metric: str) -> float:
+    """Return the score of the answer most samples gave (the earlier one on a tie)."""
+    given = [p for p in row if p.extracted is not None]
+    if not given:
+        return 0.0
+    winner, _ = Counter(p.extracted for p in given).most_common(1)[0]
+    return next(p.scores[metric] for p in given if p.extracted == winner)
+
+
+def _auroc_figure(run: Scored, predictions: list[Prediction], level: float) -> Mapping[str, Figure]:
+    """Return the AUROC of the second choice against the first where rows share two choices."""
+    from reftune.report.model import Figure
+
+    first = [p for p in predictions if p.sample == 0]
+    pairs = {example.choices for example in run.examples}
+    if not all(p.logprobs for p in first) or len(pairs) != 1 or len(next(iter(pairs))) != 2:
+        return {}
+    margins = [p.logprobs[1] - p.logprobs[0] for p in first]
+    rows = [(margin, gold_choice(e) == 1) for margin, e in zip(margins, run.examples, strict=True)]
+    value = _auroc(rows)
+    if not math.isfinite(value):
+        return {}
+    low, high = stats.bootstrap(rows, _auroc, level, _AGGREGATE_RESAMPLES, run.seed)
+    return {"auroc": Figure(mean=value, n=len(rows), low=low, high=high)}
+
+
+def _auroc(rows: Sequence[tuple[float, bool]]) -> float:
+    return stats.auroc([margin for margin, _ in rows], [label for _, label in rows])

@@ -1,0 +1,175 @@
+"""Text from a model with adapters: in batches, sampled or greedy, with an adapter a row."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from reftune.inference.choose import choose
+from reftune.inference.running import Job, jobs_of, run
+from reftune.inference.stream import stream
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from reftune.inference.decoding import Decoding
+    from reftune.inference.prompts import Prompt
+
+__all__ = ["choose", "generate", "stream"]
+
+log = logging.getLogger(__name__)
+
+Progress = bool | Callable[[int, int], None]
+"""False, True (a tqdm bar), or a function of answers done and answers in all."""
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    *,
+    max_new_tokens: int,
+    batch_size: int = 32,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    top_k: int = 0,
+    samples: int = 1,
+    seed: int = 0,
+    adapter_names: Sequence[str] | None = None,
+    subjects: Sequence[str | None] | None = None,
+    subspaces: Sequence[Sequence[int] | None] | None = None,
+    stop: Sequence[str] = (),
+    options: Mapping[str, Any] | None = None,
+    progress: Progress = False,
+) -> list[list[str]]:
+    """Answer prompts in batches; return the samples of each prompt, in the order given.
+
+    Rows are sorted by length and padded on the left. An answer ends at an end token (not part of
+    the text), at a stop text, at max_new_tokens, or where the model's context ends. A sample
+    depends on seed, row number and sample number only, not on batch size or on the other rows (up
+    to rounding in the model). A batch that does not fit on the GPU is halved and tried again.
+
+    Args:
+        model: A causal or encoder-decoder model, with or without adapters.
+        tokenizer: Its tokenizer.
+        prompts: Texts, or chats (messages with `role` and `content`) for the chat template.
+        max_new_tokens: Longest answer in tokens.
+        batch_size: Answers produced together.
+        temperature: 0 is greedy; above 0 samples.
+        top_p: Sample from the smallest set of tokens with this probability.
+        top_k: Sample from the k most likely tokens; 0 is all.
+        samples: Answers a prompt.
+        seed: Seed of the samples.
+        adapter_names: Adapter of each prompt, mixed in one batch; `__base__` is the base model.
+            None: the active adapters.
+        subjects: Text of each prompt's subject, for the position rule `subject_last`.
+        subspaces: Dimensions of the edit that act on each prompt; None is all.
+        stop: Texts that end an answer; they are cut off.
+        options: Further fields of transformers' GenerationConfig (`repetition_penalty`,
+            `no_repeat_ngram_size`, `num_beams` ...).
+        progress: True for a bar, or a function of (answers done, answers in all).
+
+    Raises:
+        DataError: If a prompt is empty, longer than the context, or cannot be rendered.
+        RecipeError: If settings contradict each other.
+        AdapterError: If a named adapter is not attached.
+        ModelError: If the model cannot generate.
+    """
+    from reftune.inference import prompts as rows_of
+    from reftune.inference.decoding import Decoding
+
+    decoding = Decoding(
+        max_new_tokens, temperature, top_p, top_k, samples, seed, tuple(stop), options or {}
+    )
+    rows_of.require_generation(model)
+    names = rows_of.check_adapters(model, adapter_names, len(prompts))
+    jobs = jobs_of(model, tokenizer, prompts, decoding, names, subjects, subspaces)
+    answers = [[""] * samples for _ in prompts]
+    waiting = _batches(jobs, batch_size)
+    done = 0
+    with rows_of.evaluating(model), _Reporting(progress, len(jobs)) as report:
+        while waiting:
+            batch = waiting.pop()
+            texts = _try_batch(model, tokenizer, batch, decoding)
+            if texts is None:
+                half = (len(batch) + 1) // 2
+                log.warning("%d rows do not fit in memory, trying %d", len(batch), half)
+                waiting += [batch[half:], batch[:half]]
+                continue
+            for job, text in zip(batch, texts, strict=True):
+                answers[job.row][job.sample] = text
+            done += len(batch)
+            report(done, len(jobs))
+    return answers
+
+
+def _batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
+    """Return batches of similar length and equal budget, the longest last (it is run first)."""
+    from reftune.errors import RecipeError
+
+    if batch_size < 1:
+        raise RecipeError(f"batch_size is {batch_size}.", "It must be at least 1.")
+    ordered = sorted(jobs, key=lambda job: (-job.budget, len(job.ids), job.row, job.sample))
+    batches: list[list[Job]] = []
+    for job in ordered:
+        if not batches or len(batches[-1]) == batch_size or batches[-1][0].budget != job.budget:
+            batches.append([])
+        batches[-1].append(job)
+    return batches
+
+
+def _try_batch(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Job], decoding: Decoding
+) -> list[str] | None:
+    """Return the answers of a batch, or None if it ran out of GPU memory and can be halved."""
+    import torch
+
+    try:
+        sequences = run(model, tokenizer, batch, decoding)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    else:
+        return _texts(model, tokenizer, sequences, decoding)
+    torch.cuda.empty_cache()  # outside the handler: there the failed call still holds its tensors
+    return None
+
+
+def _texts(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    sequences: torch.Tensor,
+    decoding: Decoding,
+) -> list[str]:
+    """Return the answers without end tokens, padding and stop texts."""
+    from reftune.inference import decoding as choosing
+
+    stops = choosing.stop_ids(model, tokenizer)
+    rows = [choosing.cut_ids(ids, stops) for ids in sequences.tolist()]
+    return [choosing.cut_text(choosing.decode(tokenizer, ids), decoding.stop) for ids in rows]
+
+
+class _Reporting:
+    """Context manager giving a function of (done, all) for any kind of `progress`."""
+
+    def __init__(self, progress: Progress, total: int) -> None:
+        self.bar = None
+        self.call = progress if callable(progress) else None
+        self.total = total if progress is True else 0
+
+    def __enter__(self) -> Callable[[int, int], None]:
+        if self.call is not None:
+            return self.call
+        if not self.total:
+            return lambda done, total: None
+        from tqdm.auto import tqdm
+
+        self.bar = tqdm(total=self.total, desc="answers", unit="answer")
+        return lambda done, total: self.bar.update(done - self.bar.n)
+
+    def __exit__(self, *error: object) -> None:
+        if self.bar is not None:
+            self.bar.close()

@@ -1,0 +1,113 @@
+"""One batch through transformers' `generate`: what `generate` and `stream` share."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from reftune.inference.decoding import Decoding
+    from reftune.inference.prompts import Prompt
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One answer to produce."""
+
+    row: int
+    sample: int
+    ids: list[int]
+    budget: int
+    adapter: str | None
+    subject: int | None
+    subspace: tuple[int, ...] | None
+
+
+def jobs_of(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Prompt],
+    decoding: Decoding,
+    names: Sequence[str] | None,
+    subjects: Sequence[str | None] | None = None,
+    subspaces: Sequence[Sequence[int] | None] | None = None,
+) -> list[Job]:
+    """Return one job an answer, with the tokens it may take before the context ends."""
+    from reftune.inference import prompts as rows_of
+
+    seq2seq = rows_of.is_seq2seq(model)
+    rows_of.check_lengths(len(prompts), subjects=subjects, subspaces=subspaces)
+    rows = rows_of.encode_prompts(tokenizer, prompts, seq2seq, subjects)
+    lengths = [len(row.ids) for row in rows]
+    limit = rows_of.check_context(model, lengths, reserve=0 if seq2seq else 1)
+    jobs = []
+    for index, row in enumerate(rows):
+        budget = decoding.max_new_tokens
+        if limit is not None:
+            budget = min(budget, limit - (1 if seq2seq else len(row.ids)))
+        dims = subspaces[index] if subspaces else None
+        subspace = None if dims is None else tuple(dims)
+        adapter = names[index] if names else None
+        for sample in range(decoding.samples):
+            jobs.append(Job(index, sample, row.ids, budget, adapter, row.subject, subspace))
+    short = {job.row for job in jobs if job.budget < decoding.max_new_tokens}
+    if short:
+        log.warning(
+            "%d of %d prompts leave fewer than %d tokens in the context of %d: shorter answers",
+            *(len(short), len(rows), decoding.max_new_tokens, limit),
+        )
+    return jobs
+
+
+def run(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Job],
+    decoding: Decoding,
+    criteria: Sequence[Any] | None = None,
+    **extra: Any,
+) -> torch.Tensor:
+    """Run transformers' generate; return the new tokens `[rows, steps]`."""
+    from transformers import LogitsProcessorList, StoppingCriteriaList
+
+    from reftune.inference import decoding as choosing
+    from reftune.inference import prompts as rows_of
+
+    seq2seq = rows_of.is_seq2seq(model)
+    rows = [job.ids for job in batch]
+    padded = rows_of.pad(rows, rows_of.pad_id(tokenizer), rows_of.device_of(model))
+    width = 1 if seq2seq else padded.input_ids.shape[1]
+    processors = LogitsProcessorList()
+    if decoding.sampled:
+        keys = [(job.row, job.sample) for job in batch]
+        numbers = choosing.uniforms(decoding.seed, keys, decoding.max_new_tokens)
+        processors.append(
+            choosing.SeededSampler(numbers.to(padded.input_ids.device), width, decoding)
+        )
+    criteria = StoppingCriteriaList(criteria or [])
+    if decoding.stop:
+        criteria.append(choosing.StopTexts(tokenizer, decoding.stop, width))
+    extra |= rows_of.row_edits(
+        model, [job.subject for job in batch], [job.subspace for job in batch]
+    )
+    with rows_of.row_adapters(model, [job.adapter for job in batch]) as adapters:
+        sequences = model.generate(
+            input_ids=padded.input_ids,
+            attention_mask=padded.attention_mask,
+            generation_config=choosing.generation_config(
+                model, tokenizer, decoding, batch[0].budget
+            ),
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            **adapters,
+            **extra,
+        )
+    return sequences[:, width:]

@@ -1,0 +1,23 @@
+"""Objectives: training signals. One file per objective, one registry line each.
+
+Third parties add their own by `register()` or by an entry point in the group `reftune.objectives`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from reftune.registry import Registry
+
+if TYPE_CHECKING:
+    from reftune.objectives.base import Objective
+
+REGISTRY: Registry[Objective] = Registry(
+    "objective",
+    {
+        "sft": "reftune.objectives.sft:Sft",
+        "classification": "reftune.objectives.classification:Classification",
+    },
+)
+
+get, names, register = REGISTRY.get, REGISTRY.names, REGISTRY.register

@@ -1,0 +1,112 @@
+"""What every objective is: a prepared batch and a `run` in, one scalar loss out.
+
+An objective never calls the model. It asks `run(prepared, hidden)` for logits at label positions,
+so that label slicing, causal caching and gradient checkpointing stay behind one call, and it may
+ask several times (preference pairs, a reference pass).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import Tensor
+
+from reftune.errors import RecipeError, nearest
+
+if TYPE_CHECKING:
+    from reftune.model.run import Prepared, RunOutput
+
+    Run = Callable[..., RunOutput]
+
+
+@dataclass
+class Loss:
+    """What an objective answers.
+
+    Attributes:
+        loss: Scalar, already divided by the items of the whole optimiser step.
+        metrics: Named means over this batch, for metrics.jsonl; scalar tensors or numbers.
+    """
+
+    loss: Tensor
+    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """Settings of an objective. The base class has none."""
+
+
+class Objective(ABC):
+    """Base class of all objectives.
+
+    The contract that makes accumulation and data parallelism exact: `__call__` returns a *sum* over
+    the items of its batch, divided by `num_items`, the items of the whole optimiser step over all
+    accumulation steps and processes. What an item is says `count`.
+
+    Args:
+        config: Settings, an instance of the class's `Config`; default: its defaults.
+    """
+
+    Config: ClassVar[type[ObjectiveConfig]] = ObjectiveConfig
+    name: ClassVar[str] = ""
+    title: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    rows: ClassVar[str] = "text"
+    """Rows it trains on: `text` (prompt and target) or `class` (text and class label)."""
+
+    def __init__(self, config: ObjectiveConfig | None = None) -> None:
+        self.config = config if config is not None else self.Config()
+
+    @abstractmethod
+    def __call__(self, run: Run, prepared: Prepared, num_items: Tensor | None) -> Loss:
+        """Compute the loss.
+
+        Args:
+            run: `run(prepared, hidden=False) -> RunOutput`, the only way to the model.
+            prepared: One (micro-)batch, `[B, T]`.
+            num_items: Scalar, `count` summed over the whole optimiser step; None: this batch only.
+        """
+
+    def count(self, prepared: Prepared) -> Tensor:
+        """Return the items of this batch as a scalar: here the labelled tokens.
+
+        The first token of a causal row has nothing before it and must carry no label.
+        """
+        return (prepared.labels != -100).sum()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what the objective has accumulated (running statistics); saved on checkpoint."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
+        """Take back what `state_dict` returned."""
+
+    @classmethod
+    def config_from(cls, values: dict[str, Any]) -> ObjectiveConfig:
+        """Build the config from plain values.
+
+        Raises:
+            RecipeError: If a key is unknown; the message names the nearest one.
+        """
+        known = {f.name for f in fields(cls.Config)}
+        for key in values:
+            if key not in known:
+                hint = nearest(key, known) if known else "It has no settings."
+                raise RecipeError(f'The objective {cls.name} has no setting "{key}".', hint)
+        return cls.Config(**values)
+
+
+def share_of(total: Tensor, num_items: Tensor | None, own: Tensor) -> Tensor:
+    """Divide a summed loss by the items of the step, or by the batch's own (at least one).
+
+    Args:
+        total: Scalar sum over the items of this batch.
+        num_items: Items of the whole optimiser step, or None.
+        own: Items of this batch.
+    """
+    items = own if num_items is None else num_items
+    return total / items.to(total.device, total.dtype).clamp(min=1)

@@ -1,0 +1,1 @@
+"""Reports: figures, tables, plots, published results, and the grids that make them."""

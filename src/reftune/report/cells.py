@@ -1,0 +1,217 @@
+"""The cells of a grid: which runs a results table needs, and which of them are done.
+
+A grid file:
+
+    name: families                       # section of the table, unless there are several tasks
+    recipe: recipes/nano/families.yaml   # what all cells share
+    tasks: [families, passages]          # optional; names or mappings as in a recipe
+    models: [nano, nano-gpt2]            # optional
+    seeds: [1, 2, 3]
+    set: {epochs: 2}                     # optional; changes of all cells
+    note: smoke figure                   # optional; shown beside every row
+    rows:
+      - {method: base}                   # scored beside the first row's runs, not trained
+      - {method: loreft, set: {adapter.rank: 4}}
+      - {name: loreft-r16, method: loreft, set: {adapter.rank: 16}}
+"""
+
+from __future__ import annotations
+
+import difflib
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+from reftune.config import loader
+from reftune.config.recipe import Recipe
+from reftune.config.shipped import find
+from reftune.errors import RecipeError, ReftuneError
+from reftune.report.model import Report
+
+log = logging.getLogger(__name__)
+
+GRID_KEYS = ("name", "recipe", "tasks", "models", "seeds", "set", "note", "rows", "output")
+ROW_KEYS = ("name", "method", "recipe", "set", "note", "seeds")
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run of a grid: a row of the table at one seed."""
+
+    row: str
+    """Name of the published row, `families/loreft`."""
+    seed: int
+    recipe: Recipe
+    note: str = ""
+
+    @property
+    def folder(self) -> Path:
+        """Run folder of the cell."""
+        return Path(self.recipe.output) / self.recipe.name
+
+    def report(self) -> Report | None:
+        """Return the cell's report if it is finished: same recipe, report readable."""
+        if not self.matches() or not (self.folder / "report.json").is_file():
+            return None
+        try:
+            report = Report.read(self.folder)
+        except ReftuneError as error:
+            log.warning("%s is run again: %s", self.folder, error)
+            return None
+        needs_base = self.recipe.evaluation.compare_base
+        has_base = any(name.startswith("base_") for name in report.figures)
+        return None if needs_base and not has_base else report
+
+    def matches(self) -> bool:
+        """Return whether the run folder holds this cell's recipe."""
+        path = self.folder / "recipe.yaml"
+        if not path.is_file():
+            return False
+        try:
+            return comparable(loader.load(path)) == comparable(self.recipe)
+        except ReftuneError:
+            return False
+
+
+@dataclass
+class Grid:
+    """A results table: its cells, and the rows of the base model that come with them."""
+
+    name: str
+    cells: list[Cell] = field(default_factory=list)
+    base_rows: list[str] = field(default_factory=list)
+    note: str = ""
+
+    def rows(self) -> dict[str, list[Cell]]:
+        """Return the cells of every row, in the order of the file."""
+        found: dict[str, list[Cell]] = {}
+        for cell in self.cells:
+            found.setdefault(cell.row, []).append(cell)
+        return found
+
+
+def comparable(recipe: Recipe) -> Recipe:
+    """Return a recipe without what does not change its figures."""
+    evaluation = replace(recipe.evaluation, compare_base=False, batch_size=1)
+    return replace(recipe, evaluation=evaluation, output="", track=[])
+
+
+def read_grid(path: str | PathLike[str], output: str = "") -> Grid:
+    """Read a grid file and check the recipe of every cell.
+
+    Args:
+        path: The YAML file.
+        output: Folder of run folders; default is the file's `output`, else `runs/results`.
+
+    Raises:
+        RecipeError: If the file or the recipe of a cell is wrong.
+    """
+    path = Path(path)
+    plan = _read(path)
+    output = output or plan.get("output", "runs/results")
+    tasks = plan.get("tasks") or [None]
+    models = plan.get("models") or [None]
+    grid = Grid(str(plan.get("name", path.stem)), note=plan.get("note", ""))
+    for task in tasks:
+        section = _task_name(task) if len(tasks) > 1 else grid.name
+        for model in models:
+            _add_cells(grid, plan, section, task, model if len(models) > 1 else None, model, output)
+    _check_unique(grid, path)
+    return grid
+
+
+def _add_cells(
+    grid: Grid,
+    plan: dict[str, Any],
+    section: str,
+    task: Any,
+    suffix: str | None,
+    model: Any,
+    output: str,
+) -> None:
+    """Add the cells of one task on one model."""
+    ending = f"@{suffix}" if suffix else ""
+    wants_base = any(row.get("method") == BASE for row in plan["rows"])
+    if wants_base:
+        grid.base_rows.append(f"{section}/{BASE}{ending}")
+    shared = _settings(plan.get("set"))
+    shared += [f"task={json.dumps(task)}"] if task is not None else []
+    shared += [f"model={json.dumps(model)}"] if model is not None else []
+    first = True
+    for row in plan["rows"]:
+        if row.get("method") == BASE:
+            continue
+        name = f"{section}/{row.get('name', row.get('method', 'run'))}{ending}"
+        changes = _method(row) + shared + _settings(row.get("set"))
+        source = find(row.get("recipe", plan.get("recipe", "")))
+        for seed in row.get("seeds", plan.get("seeds", [42])):
+            with_base = json.dumps(wants_base and first)
+            first = False
+            own = [f"seed={seed}", f"name={name}/seed-{seed}", f"output={output}"]
+            own.append(f"evaluation.compare_base={with_base}")
+            recipe = loader.load(source, [*changes, *own])
+            note = row.get("note", grid.note)
+            grid.cells.append(Cell(name, seed, recipe, note))
+
+
+def _method(row: dict[str, Any]) -> list[str]:
+    return [f"adapter.method={row['method']}"] if "method" in row else []
+
+
+def _settings(changes: dict[str, Any] | None) -> list[str]:
+    """Turn a mapping of dotted keys into overrides."""
+    return [f"{key}={json.dumps(value)}" for key, value in (changes or {}).items()]
+
+
+def _task_name(task: Any) -> str:
+    return str(task.get("name", "own")) if isinstance(task, dict) else str(task)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Read a grid file with the same YAML rules as recipes."""
+    from reftune.config.nodes import Faults, parse
+
+    try:
+        text = path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RecipeError(
+            f"The grid {path} cannot be read: {error}.", "Give a YAML file."
+        ) from error
+    faults = Faults()
+    root = parse(text, str(path), faults)
+    faults.check(str(path))
+    plan = root.plain()
+    _known(plan, GRID_KEYS, str(path))
+    if not isinstance(plan.get("rows"), list) or not plan["rows"]:
+        raise RecipeError(
+            f"{path} has no rows.", "Write `rows:` with one `- {{method: ...}}` each."
+        )
+    for number, row in enumerate(plan["rows"]):
+        _known(row, ROW_KEYS, f"{path}: rows.{number}")
+    if "recipe" not in plan and any("recipe" not in row for row in plan["rows"]):
+        raise RecipeError(f"{path} names no recipe.", "Write `recipe:` with the shared recipe.")
+    return plan
+
+
+def _known(values: Any, keys: Sequence[str], where: str) -> None:
+    if not isinstance(values, dict):
+        raise RecipeError(f"{where} is no mapping.", f"It may hold: {', '.join(keys)}.")
+    for key in values:
+        if key not in keys:
+            close = difflib.get_close_matches(key, keys, n=1)
+            hint = f'Did you mean "{close[0]}"?' if close else f"Known: {', '.join(keys)}."
+            raise RecipeError(f'{where}: unknown key "{key}".', hint)
+
+
+def _check_unique(grid: Grid, path: Path) -> None:
+    seen: set[tuple[str, int]] = set()
+    for cell in grid.cells:
+        if (cell.row, cell.seed) in seen:
+            what = f"{path} has two rows {cell.row} at seed {cell.seed}."
+            raise RecipeError(what, "Give them different names with `name:`.")
+        seen.add((cell.row, cell.seed))

@@ -1,0 +1,280 @@
+"""Plots of figures: bars with intervals, training curves, and a forest plot of many results.
+
+They are drawn without a display and without matplotlib's global state, so that a library user's own
+figures are left alone.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from reftune.report.files import replacing
+from reftune.report.model import Figure, Report, ResultRow
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure as Canvas
+
+log = logging.getLogger(__name__)
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
+"""Told apart by people with any colour vision (Okabe and Ito)."""
+BASE_COLOUR = "#9AA0A6"
+INK, FAINT = "#222222", "#D5D8DC"
+
+Points = Sequence[tuple[float, float]]
+
+
+def bars(
+    path: str | PathLike[str],
+    figures: Mapping[str, Figure],
+    title: str = "",
+    label: str = "accuracy",
+) -> Path:
+    """Draw one bar per figure with its interval; bars named `base...` are grey.
+
+    Args:
+        path: A `.png`, `.svg` or `.pdf` file.
+        figures: Names to figures; those without a mean are drawn as an empty place.
+        title: Title.
+        label: Name of the value axis.
+    """
+    canvas, axes = _canvas(max(4.0, 1.1 * len(figures) + 1.5), 3.6)
+    shares = all(figure.unit == "share" for figure in figures.values())
+    highest = max([_top(figure) for figure in figures.values()], default=1.0)
+    limit = 1.08 if shares and highest > 0.85 else highest * 1.2 or 1.0
+    colours = iter(COLOURS * (len(figures) // len(COLOURS) + 1))
+    for place, (name, figure) in enumerate(figures.items()):
+        colour = BASE_COLOUR if name.lower().startswith("base") else next(colours)
+        if figure.mean is None:
+            axes.text(place, limit * 0.02, "open", ha="center", va="bottom", color=BASE_COLOUR)
+            continue
+        axes.bar(place, figure.mean, width=0.62, color=colour, zorder=2)
+        if figure.has_interval:
+            _whisker(axes, figure, place)
+        text = f"{figure.mean * 100:.1f}" if shares else f"{figure.mean:.3g}"
+        axes.annotate(
+            text,
+            (place, _top(figure)),
+            xytext=(0, 3),
+            textcoords="offset points",
+            ha="center",
+            va="bottom",
+            color=INK,
+            fontsize=9,
+        )
+    axes.set_xticks(range(len(figures)), list(figures))
+    _turn_long_labels(axes, list(figures))
+    axes.set_ylim(0, limit)
+    axes.grid(axis="y", color=FAINT, linewidth=0.7, zorder=0)
+    _percent(axes.yaxis, shares)
+    _label(axes, title, "", label)
+    return _save(canvas, path)
+
+
+def curves(
+    path: str | PathLike[str],
+    series: Mapping[str, Points],
+    title: str = "",
+    label: str = "loss",
+    along: str = "step",
+) -> Path:
+    """Draw curves, each with its raw points faint behind a smoothed line.
+
+    Args:
+        path: A `.png`, `.svg` or `.pdf` file.
+        series: Names to (step, value) points.
+        title: Title.
+        label: Name of the value axis.
+        along: Name of the other axis.
+    """
+    canvas, axes = _canvas(6.0, 3.6)
+    for index, (name, points) in enumerate(series.items()):
+        colour = COLOURS[index % len(COLOURS)]
+        steps, values = [p[0] for p in points], [p[1] for p in points]
+        many = len(values) > 40
+        if many:
+            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+        marker = "o" if len(values) < 15 else None
+        line = smooth(values) if many else values
+        axes.plot(steps, line, color=colour, linewidth=1.8, label=name, marker=marker, markersize=3)
+    axes.grid(color=FAINT, linewidth=0.7)
+    if len(series) > 1:
+        axes.legend(frameon=False, fontsize=9)
+    _label(axes, title, along, label)
+    return _save(canvas, path)
+
+
+def forest(path: str | PathLike[str], rows: Sequence[ResultRow], title: str = "") -> Path:
+    """Draw results as points with intervals, best on top; open cells are named at the bottom.
+
+    Args:
+        path: A `.png`, `.svg` or `.pdf` file.
+        rows: Results of one metric and unit.
+        title: Title.
+    """
+    done = sorted((row for row in rows if not row.is_open), key=lambda row: row.mean)
+    names = [row for row in rows if row.is_open] + done
+    canvas, axes = _canvas(6.4, max(1.8, 0.3 * len(names) + 1.1))
+    shares = all(row.unit == "share" for row in done)
+    methods = list(dict.fromkeys(row.method for row in rows if row.method != "base"))
+    for place, row in enumerate(names):
+        if row.is_open:
+            continue
+        colour = BASE_COLOUR
+        if row.method in methods:
+            colour = COLOURS[methods.index(row.method) % len(COLOURS)]
+        if row.low is not None and row.high is not None:
+            axes.plot([row.low, row.high], [place, place], color=colour, linewidth=2, alpha=0.55)
+        axes.plot(row.mean, place, "o", color=colour, markersize=6)
+        text = f"{row.mean * 100:.1f}" if shares else f"{row.mean:.3g}"
+        right = row.high if row.high is not None else row.mean
+        axes.annotate(
+            text, (right, place), xytext=(6, 0), textcoords="offset points", va="center", fontsize=8
+        )
+    labels = [_row_label(row) + (" (open)" if row.is_open else "") for row in names]
+    axes.set_yticks(range(len(names)), labels, fontsize=8.5)
+    axes.set_ylim(-0.7, len(names) - 0.3)
+    axes.margins(x=0.12)
+    axes.grid(axis="x", color=FAINT, linewidth=0.7)
+    _percent(axes.xaxis, shares)
+    metric = next((row.metric for row in rows if row.metric), "")
+    _label(axes, title, metric, "")
+    return _save(canvas, path)
+
+
+def plot_reports(path: str | PathLike[str], reports: Sequence[Report], title: str = "") -> Path:
+    """Draw the main figure of each run beside the base model's, where the runs measured it."""
+    figures: dict[str, Figure] = {}
+    metric = ""
+    for report in reports:
+        main = report.primary()
+        if main is None:
+            continue
+        metric = metric or main[0]
+        base = report.figures.get(f"base_{main[0].removeprefix('adapter_')}")
+        if base is not None and base not in figures.values():
+            figures["base" if "base" not in figures else f"base of {report.name}"] = base
+        figures[report.name] = main[1]
+    return bars(path, figures, title, metric.removeprefix("adapter_") or "value")
+
+
+def plot_training(path: str | PathLike[str], runs: Sequence[str | PathLike[str]]) -> Path | None:
+    """Draw the training loss of run folders; None if none of them has any."""
+    series = {Path(run).name: read_metrics(Path(run) / "metrics.jsonl", "loss") for run in runs}
+    series = {name: points for name, points in series.items() if points}
+    if not series:
+        return None
+    return curves(path, series, "training loss", "loss")
+
+
+def read_metrics(path: str | PathLike[str], key: str) -> list[tuple[float, float]]:
+    """Return (step, value) of every line of a metrics.jsonl that holds `key`.
+
+    Lines that are no JSON (the last one of a killed run) are skipped. Steps count on over stages.
+    """
+    points: list[tuple[float, float]] = []
+    if not Path(path).is_file():
+        return points
+    offset, last, stage = 0.0, 0.0, None
+    for number, line in enumerate(Path(path).read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            log.debug("%s: line %d is no JSON", path, number)
+            continue
+        if not isinstance(row, dict) or not isinstance(row.get(key), int | float):
+            continue
+        step = float(row.get("step", len(points) + 1))
+        if row.get("stage") != stage and points:
+            offset = last
+        stage, last = row.get("stage"), offset + step
+        points.append((last, float(row[key])))
+    return points
+
+
+def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
+    """Return the exponential moving average, corrected for its start.
+
+    s_t = (1 − w) Σ_{i≤t} w^{t−i} x_i / (1 − w^t)
+
+    >>> smooth([2.0, 2.0, 2.0])
+    [2.0, 2.0, 2.0]
+    """
+    total, norm, found = 0.0, 0.0, []
+    for value in values:
+        total, norm = weight * total + value, weight * norm + 1.0
+        found.append(total / norm)
+    return found
+
+
+def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure as MplFigure
+
+    canvas = MplFigure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(canvas)
+    axes = canvas.add_subplot()
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color(BASE_COLOUR)
+    axes.tick_params(colors=INK, length=3)
+    axes.set_axisbelow(True)
+    return canvas, axes
+
+
+def _save(canvas: Canvas, path: str | PathLike[str]) -> Path:
+    path = Path(path)
+    form = path.suffix.lstrip(".") or "png"
+    with replacing(path) as temporary:
+        canvas.savefig(temporary, format=form, dpi=160, facecolor="white")
+    return path
+
+
+def _label(axes: Axes, title: str, across: str, up: str) -> None:
+    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
+    axes.set_xlabel(across, color=INK)
+    axes.set_ylabel(up, color=INK)
+
+
+def _percent(axis: object, shares: bool) -> None:
+    from matplotlib.ticker import PercentFormatter
+
+    if shares:
+        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+
+
+def _whisker(axes: Axes, figure: Figure, place: float) -> None:
+    below, above = figure.mean - figure.low, figure.high - figure.mean
+    axes.errorbar(
+        place,
+        figure.mean,
+        yerr=[[max(0.0, below)], [max(0.0, above)]],
+        color=INK,
+        capsize=4,
+        linewidth=1.2,
+        zorder=3,
+    )
+
+
+def _turn_long_labels(axes: Axes, names: Sequence[str]) -> None:
+    if max((len(name) for name in names), default=0) > 12:
+        for tick in axes.get_xticklabels():
+            tick.set_rotation(25)
+            tick.set_ha("right")
+            tick.set_rotation_mode("anchor")
+
+
+def _top(figure: Figure) -> float:
+    ends = [end for end in (figure.mean, figure.high) if end is not None]
+    return max(ends, default=0.0)
+
+
+def _row_label(row: ResultRow) -> str:
+    return row.name.partition("/")[2] or row.name

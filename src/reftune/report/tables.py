@@ -1,0 +1,240 @@
+"""Tables of figures, for the terminal (rich) and for documents (Markdown).
+
+A figure is printed with its spread over seeds and its interval; the best of a column is bold, and
+a cell without a figure says so instead of looking like a zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
+
+from reftune.report.model import Figure, Report, ResultRow
+
+if TYPE_CHECKING:
+    import rich.table
+
+OPEN = "open"
+LOWER_IS_BETTER = {"seconds", "bytes", "nats", "ratio"}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One entry: its text, and the number that decides which entry of a column is the best."""
+
+    text: str
+    value: float | None = None
+
+
+@dataclass
+class Table:
+    """A table with a header, rows and, per column, which end is best.
+
+    >>> table = Table(["method", "accuracy"], best=[None, "high"])
+    >>> table.add("base", Cell("40 %", 0.4))
+    >>> table.add("loreft", Cell("70 %", 0.7))
+    >>> print(table.to_markdown())
+    | method | accuracy |
+    |---|---:|
+    | base | 40 % |
+    | loreft | **70 %** |
+    """
+
+    columns: list[str]
+    best: list[Literal["high", "low"] | None] = field(default_factory=list)
+    title: str = ""
+    rows: list[list[Cell]] = field(default_factory=list)
+
+    def add(self, *entries: str | Cell) -> None:
+        """Add a row."""
+        self.rows.append([entry if isinstance(entry, Cell) else Cell(entry) for entry in entries])
+
+    def winners(self) -> set[tuple[int, int]]:
+        """Return (row, column) of the best entries; ties share, a single number is no winner."""
+        found = set()
+        for column, rule in enumerate(self.best):
+            values = [(row[column].value, i) for i, row in enumerate(self.rows)]
+            numbers = [value for value, _ in values if value is not None]
+            if rule is None or len(numbers) < 2:
+                continue
+            top = max(numbers) if rule == "high" else min(numbers)
+            found.update((i, column) for value, i in values if value == top)
+        return found
+
+    def to_markdown(self) -> str:
+        """Return a Markdown table."""
+        winners = self.winners()
+        numeric = [self._numeric(column) for column in range(len(self.columns))]
+        lines = [_line(self.columns), "|" + "|".join("---:" if n else "---" for n in numeric) + "|"]
+        for i, row in enumerate(self.rows):
+            texts = [_escape(cell.text) for cell in row]
+            marked = [f"**{text}**" if (i, j) in winners else text for j, text in enumerate(texts)]
+            lines.append(_line(marked))
+        return "\n".join(lines)
+
+    def to_rich(self) -> rich.table.Table:
+        """Return a table for a rich console."""
+        import rich.box
+        import rich.table
+        from rich.text import Text
+
+        table = rich.table.Table(
+            title=self.title or None, title_justify="left", box=rich.box.SIMPLE_HEAD
+        )
+        for column, name in enumerate(self.columns):
+            table.add_column(name, justify="right" if self._numeric(column) else "left")
+        winners = self.winners()
+        for i, row in enumerate(self.rows):
+            styles = ["bold green" if (i, j) in winners else "" for j in range(len(row))]
+            dim = ["dim" if cell.text == OPEN else "" for cell in row]
+            cells = [Text(cell.text, style=a or b) for cell, a, b in zip(row, styles, dim)]
+            table.add_row(*cells)
+        return table
+
+    def _numeric(self, column: int) -> bool:
+        return any(row[column].value is not None for row in self.rows)
+
+
+def show_figure(figure: Figure) -> str:
+    """Return a figure as text: mean, spread over seeds, interval, unit.
+
+    >>> show_figure(Figure(mean=0.724, sd=0.008, seeds=3, low=0.70, high=0.75))
+    '72.4 ± 0.8 % [70.0, 75.0]'
+    >>> show_figure(Figure(mean=12.34, unit="seconds"))
+    '12.3 s'
+    """
+    if figure.mean is None:
+        return OPEN
+    number, ending = _units(figure.unit)
+    text = number(figure.mean)
+    if figure.sd is not None and figure.seeds > 1:
+        text += f" ± {number(figure.sd)}"
+    text += ending
+    if figure.has_interval:
+        text += f" [{number(figure.low)}, {number(figure.high)}]"
+    return text
+
+
+def show_bytes(size: float) -> str:
+    """Return a size in the unit people read.
+
+    >>> show_bytes(37_450), show_bytes(12)
+    ('37.5 kB', '12 B')
+    """
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(size) < 1000 or unit == "GB":
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1000
+    raise AssertionError
+
+
+def show_seconds(seconds: float) -> str:
+    """Return a duration.
+
+    >>> show_seconds(4.21), show_seconds(192)
+    ('4.2 s', '3 min 12 s')
+    """
+    if seconds < 100:
+        return f"{seconds:.1f} s" if seconds >= 0.1 else f"{seconds * 1000:.2g} ms"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min {rest} s"
+
+
+def show_share(share: float) -> str:
+    """Return a small share with enough digits to be read.
+
+    >>> show_share(0.00031), show_share(0.25)
+    ('0.031 %', '25 %')
+    """
+    return f"{share * 100:.2g} %" if share < 0.9995 else f"{share * 100:.0f} %"
+
+
+def report_table(reports: Sequence[Report], title: str = "") -> Table:
+    """Compare runs: one row each, with every figure that any of them has.
+
+    Args:
+        reports: Runs.
+        title: Printed above the table.
+    """
+    names = list(dict.fromkeys(name for report in reports for name in report.figures))
+    figures = {name: [report.figures.get(name) for report in reports] for name in names}
+    better = [_better(name, next(f for f in figures[name] if f)) for name in names]
+    table = Table(
+        columns=["run", "method", "task", *names, "trained", "share", "adapter", "training"],
+        best=[None, None, None, *better, None, None, None, None],
+        title=title,
+    )
+    for index, report in enumerate(reports):
+        cells = [_figure_cell(figures[name][index]) for name in names]
+        table.add(report.name, " + ".join(report.methods), report.task, *cells, *_costs(report))
+    return table
+
+
+def result_table(rows: Sequence[ResultRow], title: str = "") -> Table:
+    """Return a table of published figures; rows of one section, open cells as `open`."""
+    metric = {row.metric for row in rows if row.metric}
+    rules = {_better(row.metric, row.figure()) for row in rows if not row.is_open}
+    table = Table(
+        columns=["name", "method", "task", "model", "metric", "value", "rows", "trained", "time"],
+        best=[None] * 5 + [rules.pop() if len(rules) == 1 and len(metric) == 1 else None],
+        title=title,
+    )
+    table.best += [None] * 3
+    for row in rows:
+        spent = "" if row.seconds is None else show_seconds(row.seconds)
+        size = "" if row.n is None else f"{row.n:,}"
+        table.add(
+            row.name.partition("/")[2] + (f" ({row.note})" if row.note else ""),
+            row.method,
+            row.task,
+            row.model,
+            row.metric,
+            Cell(show_figure(row.figure()), row.mean),
+            size if row.seeds < 2 else f"{row.seeds} x {size}",
+            "" if row.trainable is None else f"{row.trainable:,}",
+            spent,
+        )
+    return table
+
+
+def _costs(report: Report) -> list[Cell]:
+    """Return trained parameters, their share, size of the adapter and time of training."""
+    facts: list[tuple[float | None, Callable[[float], str]]] = [
+        (report.trainable_parameters, lambda value: f"{value:,}"),
+        (report.trainable_fraction, show_share),
+        (report.adapter_bytes, show_bytes),
+        (report.train_seconds, show_seconds),
+    ]
+    return [Cell("" if value is None else show(value), value) for value, show in facts]
+
+
+def _figure_cell(figure: Figure | None) -> Cell:
+    return Cell("") if figure is None else Cell(show_figure(figure), figure.mean)
+
+
+def _better(name: str, figure: Figure) -> Literal["high", "low"]:
+    lower = figure.unit in LOWER_IS_BETTER or "loss" in name or "perplexity" in name
+    return "low" if lower else "high"
+
+
+def _units(unit: str) -> tuple[Callable[[float], str], str]:
+    """Return how to print a number of a unit, and what follows it."""
+    if unit == "share":
+        return lambda value: f"{value * 100:.1f}", " %"
+    if unit == "seconds":
+        return lambda value: f"{value:.3g}", " s"
+    if unit == "bytes":
+        return show_bytes, ""
+    if unit == "ratio":
+        return lambda value: f"{value:.2f}", ""
+    return lambda value: f"{value:,.4g}", f" {unit}" if unit else ""
+
+
+def _line(texts: Sequence[str]) -> str:
+    return "| " + " | ".join(texts) + " |"
+
+
+def _escape(text: str) -> str:
+    return text.replace("|", "\\|").replace("\n", " ")

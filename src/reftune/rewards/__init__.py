@@ -1,0 +1,41 @@
+"""Rewards: verifiable checks of an answer, one definition for evaluation and training.
+
+A rule of your own is one line: `register("mine", "my_package.checks:RULE")`, or an entry point in
+the group `reftune.rewards` whose value is a `Rule`.
+"""
+
+from __future__ import annotations
+
+from reftune.registry import Registry
+from reftune.rewards.base import Rule
+
+__all__ = ["REGISTRY", "Rule", "get", "names", "register"]
+
+_TARGETS = {
+    "exact": "reftune.rewards.exact:EXACT",
+    "commonsense": "reftune.rewards.exact:COMMONSENSE",
+    "contains": "reftune.rewards.exact:CONTAINS",
+    "numeric": "reftune.rewards.numeric:LAST_NUMBER",
+    "numeric_trigger": "reftune.rewards.numeric:WHOLE_NUMBER",
+    "choice": "reftune.rewards.choice:LETTER",
+    "choice_reference": "reftune.rewards.choice:LETTER_REFERENCE",
+    "choice_trigger": "reftune.rewards.choice:AFTER_TRIGGER",
+    "boolean": "reftune.rewards.choice:BOOLEAN",
+}
+
+REGISTRY: Registry[Rule] = Registry("reward", _TARGETS)
+"""Name to `module:attribute` of a `Rule`."""
+
+names, register = REGISTRY.names, REGISTRY.register
+
+
+def get(name: str) -> Rule:
+    """Return the rule called `name`.
+
+    Raises:
+        RecipeError: If there is no such rule.
+
+    >>> get("exact").reward(" yes ", "yes")
+    1.0
+    """
+    return REGISTRY.get(name)

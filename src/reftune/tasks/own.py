@@ -1,0 +1,308 @@
+"""Your own data: a file or hub data set with prompt and completion, chat messages, or labels.
+
+    task: {name: own, train: my.jsonl}                             # fields prompt, completion
+    task: {name: own, train: my.csv, prompt: "Q: {question} A:", completion: " {reply}"}
+    task: {name: own, train: chats.jsonl, messages: messages}      # chat template
+    task: {name: own, train: reviews.csv, options: {text: review, label: stars}}
+
+Hub sets are written `owner/name`, `owner/name:config` or `owner/name:config@split`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+from reftune import rewards
+from reftune.config.recipe import TaskSpec
+from reftune.errors import DataError
+from reftune.rewards import Rule
+from reftune.rewards.base import after
+from reftune.tasks import base, guard, templates
+from reftune.tasks.base import Example, Split, Task
+from reftune.tasks.files import Row, place, read_rows, require, suffix_of, text, value
+from reftune.tasks.sources import Hub, Rows, load_hub
+
+log = logging.getLogger(__name__)
+
+_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
+
+
+@dataclass(frozen=True)
+class Options(base.Options):
+    """Options of your own data."""
+
+    holdout: int = 300
+    """Last training rows kept back for validation when there is no task.validation (at most a
+    tenth)."""
+    drop_overlap: bool = False
+    """Drop training rows whose question is also a test question."""
+    separator: str = ""
+    """Text between prompt and completion, such as a space or a line break."""
+    trigger: str = ""
+    """Generated text counts from the last of these, such as `Answer:`."""
+    max_new_tokens: int = 128
+    """Longest answer."""
+    turns: Literal["last", "all"] = "last"
+    """Chat: learn the last assistant message, or each one in turn."""
+    subspace: str | None = None
+    """Field with the edit dimensions a row trains, such as [0, 1, 2, 3]."""
+    text: str | None = None
+    """Classification: field with the text (or a template)."""
+    pair: str | None = None
+    """Classification: field with the second text."""
+    label: str | None = None
+    """Classification: field with the class. Setting it makes the task a classification."""
+    labels: tuple[str, ...] = ()
+    """Classification: names of the classes in order; default is all found in training, sorted."""
+
+
+class Own(Task):
+    """Data of the user's own."""
+
+    name = "own"
+    Options: ClassVar[type] = Options
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        self.max_new_tokens = self.options.max_new_tokens
+        self.rule: Rule = rewards.get(spec.reward)
+        self._labels = self.options.labels
+        if self.options.label is not None:
+            self.kind = "classification"
+
+    @property
+    def num_labels(self) -> int | None:
+        """Number of classes, or None if nothing is classified or the classes are not known.
+
+        Without `options.labels` the training data are read once to find them.
+        """
+        is_known = bool(self._labels or self.spec.train)
+        return len(self.labels) if self.kind == "classification" and is_known else None
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Names of the classes."""
+        if not self._labels and self.kind == "classification":
+            rows = _read(_given(self.spec.train, "train"), "train")
+            found = {text(row, self.options.label, rows.origin) for row in rows.rows}
+            self._labels = tuple(sorted(found))
+        return self._labels
+
+    def rows_of(self, split: Split) -> Sequence[Example]:
+        """Return a split: validation rows are cut from training rows if none are given."""
+        if split == "test":
+            return self._test_rows()
+        if split == "validation" and self.spec.validation:
+            return self._examples(self.spec.validation, split)
+        train = _given(self.spec.train, "train")
+        guard.refuse_same(train, self.spec.test)
+        guard.refuse_same(train, self.spec.validation)
+        guard.refuse_test(Path(train).name if _is_file(train) else _hub(train, "train").split)
+        examples = self._examples(train, "train")
+        if not self.spec.validation:
+            examples = self._cut(examples, split)
+        if split == "train" and self.options.drop_overlap and self.spec.test:
+            examples = guard.drop_overlap(examples, self._test_rows())
+        return examples
+
+    def _test_rows(self) -> Sequence[Example]:
+        if self.spec.test:
+            return self._examples(self.spec.test, "test")
+        log.warning("No task.test is given: the validation rows are scored instead.")
+        return self.rows_of("validation")
+
+    def _cut(self, examples: list[Example], split: Split) -> list[Example]:
+        kept_back = min(self.options.holdout, len(examples) // 10)
+        if split == "train":
+            return examples[: len(examples) - kept_back]
+        if kept_back < 1:
+            raise DataError(
+                f"No rows are left for validation: {len(examples)} training rows, holdout "
+                f"{self.options.holdout}.",
+                "Give task.validation or task.test, or set evaluation.split: none.",
+            )
+        return examples[len(examples) - kept_back :]
+
+    def _examples(self, name: str, split: Split) -> list[Example]:
+        rows = _read(name, split)
+        if self.spec.messages is None and self.kind != "classification":
+            self._check_fields(rows)
+        examples: list[Example] = []
+        for index, row in enumerate(rows.rows):
+            examples += self._of_row(row, index, rows.origin, split)
+        if split == "train" and not self.spec.messages and self.kind != "classification":
+            _warn_if_glued(examples)
+        return examples
+
+    def _check_fields(self, rows: Rows) -> None:
+        wanted: list[str] = []
+        for form in (self.spec.prompt, self.spec.completion, self.spec.answer):
+            if form is not None:
+                wanted += templates.field_names(form) or [form]
+        require(rows.rows[:1], wanted, rows.origin)
+
+    def _of_row(self, row: Row, index: int, origin: str, split: Split) -> list[Example]:
+        row_id = f"own-{split}-{index}"
+        if self.kind == "classification":
+            return [self._classified(row, row_id, origin)]
+        if self.spec.messages is not None:
+            return self._chats(row, row_id, origin)
+        prompt = _form(self.spec.prompt, row, origin)
+        completion = _form(self.spec.completion, row, origin)
+        if split == "train" and not completion.strip():
+            raise DataError(
+                f"{place(row, origin)}: the completion is empty, there is nothing to learn.",
+                f'Fill in "{self.spec.completion}" or drop the row.',
+            )
+        answer = _form(self.spec.answer, row, origin) if self.spec.answer else completion.strip()
+        example = Example(row_id, prompt, self.options.separator + completion, answer, prompt)
+        return [self._with_subspace(example, row, origin)]
+
+    def _with_subspace(self, example: Example, row: Row, origin: str) -> Example:
+        if self.options.subspace is None:
+            return example
+        given = value(row, self.options.subspace, origin)
+        dims = json.loads(given) if isinstance(given, str) else given
+        if not isinstance(dims, list) or not all(isinstance(d, int) and d >= 0 for d in dims):
+            raise DataError(
+                f'{place(row, origin)}: "{self.options.subspace}" is {given!r}.',
+                "Give a list of dimensions such as [0, 1, 2, 3].",
+            )
+        return replace(example, subspace=tuple(dims))
+
+    def _classified(self, row: Row, row_id: str, origin: str) -> Example:
+        options = self.options
+        name = text(row, options.label, origin)
+        if name not in self.labels:
+            raise DataError(
+                f'{place(row, origin)}: label "{name}" is none of {", ".join(self.labels)}.',
+                "List all classes in task.options.labels.",
+            )
+        pair = text(row, options.pair, origin) if options.pair else None
+        shown = _form(options.text or self.spec.prompt, row, origin)
+        label = self.labels.index(name)
+        return Example(row_id, shown, "", name, shown, label=label, pair=pair)
+
+    def _chats(self, row: Row, row_id: str, origin: str) -> list[Example]:
+        messages = chat_messages(value(row, self.spec.messages, origin), place(row, origin))
+        turns = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+        if not turns:
+            raise DataError(
+                f"{place(row, origin)}: no assistant message, there is nothing to learn.",
+                "Add the answer as a message with role assistant, or drop the row.",
+            )
+        chosen = turns if self.options.turns == "all" else turns[-1:]
+        examples = []
+        for turn in chosen:
+            learnt = messages[turn]["content"]
+            answer = _form(self.spec.answer, row, origin) if self.spec.answer else learnt
+            name = f"{row_id}.{turn}" if len(chosen) > 1 else row_id
+            example = Example(name, "", "", answer.strip(), messages=tuple(messages[: turn + 1]))
+            examples.append(self._with_subspace(example, row, origin))
+        return examples
+
+    def extract(self, text: str, example: Example) -> str | None:
+        """Return the answer in a generated text by the rule of `task.reward`."""
+        if self.kind == "classification":
+            return self._class_name(text)
+        if self.options.trigger:
+            found = after(text, self.options.trigger)
+            return None if found is None else self.rule.extract(found)
+        return self.rule.extract(text)
+
+    def _class_name(self, text: str) -> str:
+        text = text.strip()
+        is_index = text.isdigit() and text not in self.labels and int(text) < len(self.labels)
+        return self.labels[int(text)] if is_index else text
+
+    def score(self, text: str, example: Example) -> dict[str, float]:
+        """Return the accuracy of one generated text, or of one predicted class."""
+        answer = self.extract(text, example)
+        if self.kind == "classification":
+            return {"accuracy": float(answer == example.answer)}
+        return {"accuracy": float(answer is not None and self.rule.matches(answer, example.answer))}
+
+
+def chat_messages(given: Any, where: str) -> list[dict[str, str]]:
+    """Return chat messages as `role` and `content`, also from JSON text and `from`/`value` form.
+
+    Raises:
+        DataError: If they are no list of messages, or one has no text.
+
+    >>> chat_messages([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}], "x")
+    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'}]
+    """
+    if isinstance(given, str):
+        try:
+            given = json.loads(given)
+        except json.JSONDecodeError as error:
+            raise DataError(f"{where}: the messages are no JSON ({error.msg}).", _CHAT) from error
+    if not isinstance(given, list) or not given:
+        raise DataError(f"{where}: the messages are no list, or an empty one.", _CHAT)
+    messages = []
+    for message in given:
+        if not isinstance(message, dict):
+            raise DataError(f"{where}: the message {message!r} is no object.", _CHAT)
+        role, content = message.get("role", message.get("from")), message.get("content")
+        content = message.get("value") if content is None else content
+        role = _ROLES.get(role, role)
+        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
+            raise DataError(f"{where}: the message {str(message)[:80]} cannot be read.", _CHAT)
+        messages.append({"role": role, "content": content})
+    return messages
+
+
+_CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+
+
+def _form(form: str, row: Row, origin: str) -> str:
+    """Return a field of a row, or a template filled from it."""
+    if templates.field_names(form):
+        return templates.fill_row(form, row, place(row, origin))
+    return text(row, form, origin)
+
+
+def _given(name: str | None, split: str) -> str:
+    if not name:
+        raise DataError(
+            f"task.{split} is not given.",
+            f"Set task.{split} to a JSONL, CSV or parquet file, or a hub data set.",
+        )
+    return name
+
+
+def _is_file(name: str) -> bool:
+    return suffix_of(name) is not None or Path(name).expanduser().exists()
+
+
+def _hub(name: str, split: str) -> Hub:
+    base_name, _, given_split = name.partition("@")
+    repository, _, config = base_name.partition(":")
+    return Hub(repository, config or None, given_split or split)
+
+
+def _read(name: str, split: str) -> Rows:
+    if _is_file(name):
+        path = Path(name).expanduser()
+        return Rows(read_rows(path), str(path))
+    hub = _hub(name, split)
+    return Rows(load_hub(hub), str(hub))
+
+
+def _warn_if_glued(examples: Sequence[Example]) -> None:
+    for example in examples:
+        last, first = example.prompt[-1:], example.target[:1]
+        if last and first and not last.isspace() and not first.isspace():
+            log.warning(
+                "Prompt and completion meet without a space in row %s (...%s|%s...). If that is "
+                'not meant, set task.options.separator: " ".',
+                example.id,
+                example.prompt[-10:],
+                example.target[:10],
+            )
+            return

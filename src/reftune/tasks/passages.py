@@ -1,0 +1,97 @@
+"""Nano's passages: a few sentences about a village and one question, open or yes/no.
+
+Kinds: 1 stated, 2 denied or changed later, 3 two sentences joined, 4 counted or compared. The base
+model is good at 1 and 2, weak at 3 and was never shown 4. Yes/no questions are balanced, and are
+scored by comparing ` Yes.` with ` No.` and by the leading word of greedy text.
+"""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+from reftune.errors import RecipeError
+from reftune.nano import passages
+from reftune.rewards import Rule
+from reftune.rewards.choice import BOOLEAN
+from reftune.rewards.exact import CONTAINS
+from reftune.tasks import world
+from reftune.tasks.base import Example, Split
+from reftune.tasks.world import World
+
+_ANSWERS = (" Yes.", " No.")
+
+
+@dataclass(frozen=True)
+class Options(world.Options):
+    """Options of `passages`."""
+
+    kind: int | tuple[int, ...] = (3, 4)
+    """Kinds of passage, 1 to 4; several are drawn equally often."""
+    form: Literal["yes_no", "open"] = "yes_no"
+    """Yes/no questions, or open look-ups."""
+
+
+class Passages(World):
+    """Passages of nano's world."""
+
+    name = "passages"
+    kind = "choice"
+    max_new_tokens = 12
+    Options: ClassVar[type] = Options
+    sizes: ClassVar[dict[str, int]] = {"train": 2000, "validation": 300, "test": 3000}
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+        given = self.options.kind
+        self.kinds = (given,) if isinstance(given, int) else tuple(given)
+        wrong = [kind for kind in self.kinds if kind not in passages.KINDS]
+        if wrong or not self.kinds:
+            raise RecipeError(
+                f"Task passages: kind {wrong or 'empty'} is not among {passages.KINDS}.",
+                "Set task.options.kind to one or more of them.",
+            )
+        self.kind = "choice" if self.options.form == "yes_no" else "generation"
+
+    def rows_of(self, split: Split) -> list[Example]:
+        """Return freshly drawn passages; the facts of the splits never meet."""
+
+        def one(rng: random.Random) -> passages.Passage:
+            kind = rng.choice(self.kinds)
+            return passages.sample_passage(rng, split, 1.0, kind, self.options.form)
+
+        salt = f"{self.kinds}|{self.options.form}"
+        drawn = self.draw(split, one, lambda found: (found.passage, found.question), salt)
+        return [self._example(split, i, found) for i, found in enumerate(drawn)]
+
+    def _example(self, split: Split, index: int, drawn: passages.Passage) -> Example:
+        question = f"{drawn.passage} {drawn.question}"
+        meta = {"kind": drawn.kind, "question": drawn.question}
+        if self.kind != "choice":
+            return self.row(split, index, question, drawn.answer, drawn.gold, meta=meta)
+        label = 0 if drawn.gold == "yes" else 1
+        # Without the template's space: a chat template places the answer itself.
+        choices = tuple(text.strip() for text in _ANSWERS) if self.options.chat else _ANSWERS
+        return self.row(
+            split,
+            index,
+            question,
+            drawn.answer,
+            drawn.gold,
+            choices=choices,
+            label=label,
+            meta=meta,
+        )
+
+    def extract(self, text: str, example: Example) -> str | None:
+        """Return the answer in a text: true or false, or the text itself for open questions."""
+        return self._rule.extract(text)
+
+    def score(self, text: str, example: Example) -> dict[str, float]:
+        """Return the accuracy of one generated text."""
+        return {"accuracy": self._rule.reward(text, example.answer)}
+
+    @property
+    def _rule(self) -> Rule:
+        return BOOLEAN if self.kind == "choice" else CONTAINS

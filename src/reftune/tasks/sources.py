@@ -1,0 +1,134 @@
+"""Where the rows of a named task come from: local files by name, or the hub."""
+
+from __future__ import annotations
+
+import difflib
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from reftune.errors import DataError
+from reftune.tasks.files import LINE, SUFFIXES, Row, read_rows, suffix_of
+
+log = logging.getLogger(__name__)
+
+FOLDERS: tuple[str, ...] = ("", "math", "commonsense", "instruct", "glue")
+"""Folders below `data_dir` that are looked into."""
+
+
+@dataclass(frozen=True)
+class Hub:
+    """A data set on the Hugging Face hub.
+
+    Attributes:
+        name: `owner/name`.
+        config: Configuration of the set.
+        split: Its split; `a+b` joins two.
+        revision: Branch, tag or commit. `refs/convert/parquet` is the hub's own conversion of
+            sets that were published as a script.
+    """
+
+    name: str
+    config: str | None = None
+    split: str = "train"
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        config = f":{self.config}" if self.config else ""
+        return f"{self.name}{config}@{self.split}"
+
+
+@dataclass(frozen=True)
+class Source:
+    """Candidates for one split of a task.
+
+    Attributes:
+        files: File names without ending, best first; may hold a folder (`AddSub/test`).
+        hub: Where the hub has the rows, if anywhere.
+        note: What to do if they are nowhere, for the error.
+    """
+
+    files: tuple[str, ...] = ()
+    hub: Hub | None = None
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows with the place they came from."""
+
+    rows: list[Row]
+    origin: str
+
+
+def find_file(data_dir: str | Path, stems: tuple[str, ...]) -> Path | None:
+    """Return the first file of these names below `data_dir`, whatever its format.
+
+    Raises:
+        DataError: If the folder does not exist.
+    """
+    root = Path(data_dir).expanduser()
+    if not root.is_dir():
+        raise DataError(f'No folder "{root}".', "Check task.data_dir (--data-dir).")
+    for stem in stems:
+        for folder in FOLDERS:
+            for suffix in SUFFIXES:
+                path = root / folder / f"{stem}{suffix}"
+                if path.is_file():
+                    return path
+    return None
+
+
+def _describe(root: Path, stems: tuple[str, ...]) -> str:
+    files = {
+        path.name for folder in FOLDERS for path in (root / folder).glob("*") if suffix_of(path)
+    }
+    close = difflib.get_close_matches(stems[0], files, n=3, cutoff=0.5) if stems else []
+    nearest = f"; nearest in name: {', '.join(close)}." if close else "."
+    return f"It has {len(files)} data files{nearest}"
+
+
+def load_source(source: Source, data_dir: str | None, task: str, split: str) -> Rows:
+    """Return the rows of a source from `data_dir` if given, else from the hub.
+
+    Raises:
+        DataError: If they are in neither; the message says which file to supply.
+    """
+    if data_dir is not None:
+        path = find_file(data_dir, source.files)
+        if path is not None:
+            log.info("%s %s: %s", task, split, path)
+            return Rows(read_rows(path), str(path))
+        wanted = ", ".join(f"{stem}.jsonl" for stem in source.files) or "(none is known)"
+        raise DataError(
+            f'No {split} file of task "{task}" in "{data_dir}". Looked for: {wanted}. '
+            f"{_describe(Path(data_dir).expanduser(), source.files)}",
+            source.note
+            or "Put one of these files there (.jsonl, .jsonl.gz, .json, .csv, .parquet).",
+        )
+    if source.hub is None:
+        names = ", ".join(f"{stem}.jsonl" for stem in source.files) or "none known"
+        raise DataError(
+            f'The {split} rows of task "{task}" are not on the hub.',
+            f"Set task.data_dir (--data-dir) to a folder with one of: {names}. {source.note}",
+        )
+    return Rows(load_hub(source.hub), str(source.hub))
+
+
+def load_hub(hub: Hub) -> list[Row]:
+    """Return the rows of a hub data set.
+
+    Raises:
+        DataError: If the hub cannot be reached or has no such set, configuration or split.
+    """
+    import datasets
+
+    try:
+        loaded = datasets.load_dataset(hub.name, hub.config, split=hub.split, revision=hub.revision)
+    except Exception as error:  # the hub client raises errors of many unrelated classes
+        reason = str(error).strip().splitlines() or [type(error).__name__]
+        raise DataError(
+            f"Cannot load {hub} from the hub: {type(error).__name__}: {reason[0][:200]}",
+            "Check the name and the connection, or set task.data_dir to a folder with the files.",
+        ) from error
+    return [{**row, LINE: i} for i, row in enumerate(loaded, start=1)]

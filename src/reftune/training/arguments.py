@@ -1,0 +1,232 @@
+"""From a stage of a recipe to transformers' TrainingArguments."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reftune.config.recipe import StageSpec
+from reftune.errors import DataError, RecipeError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import TrainingArguments
+
+TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
+
+
+def world_size() -> int:
+    """Return the number of processes `accelerate launch` or torchrun started."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_main_process() -> bool:
+    """Return whether this process writes files and prints."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
+@dataclass(frozen=True)
+class Split:
+    """How the rows of an optimiser step are shared out.
+
+    rows of a step = micro x accumulation x processes.
+    """
+
+    micro: int
+    accumulation: int
+    processes: int
+
+    @classmethod
+    def of(cls, stage: StageSpec, processes: int) -> Split:
+        """Share `batch_size` rows among processes and accumulation steps.
+
+        Raises:
+            RecipeError: If it does not divide.
+        """
+        for name in ("batch_size", "micro_batch_size"):
+            value = getattr(stage, name)
+            if value is not None and value < 1:
+                raise RecipeError(f"{name} is {value}.", "Use at least 1.")
+        micro = stage.micro_batch_size or max(1, stage.batch_size // processes)
+        micro = min(micro, stage.batch_size)
+        if stage.batch_size % (micro * processes):
+            raise RecipeError(
+                f"batch_size {stage.batch_size} is not a multiple of micro_batch_size {micro} x "
+                f"{processes} processes.",
+                "Rows of a step = micro_batch_size x accumulation x processes: change one of them.",
+            )
+        return cls(micro, stage.batch_size // (micro * processes), processes)
+
+    @property
+    def rows(self) -> int:
+        """Rows of one optimiser step."""
+        return self.micro * self.accumulation * self.processes
+
+
+def total_steps(stage: StageSpec, num_rows: int) -> int:
+    """Return the optimiser steps of a stage."""
+    if stage.max_steps is not None:
+        return stage.max_steps
+    return math.ceil(stage.epochs * math.ceil(num_rows / stage.batch_size))
+
+
+def precision(stage: StageSpec, base_dtype: torch.dtype) -> str:
+    """Return `fp32`, `bf16` or `fp16`, the autocast precision of the forward pass.
+
+    Raises:
+        RecipeError: If the device cannot do it.
+    """
+    import torch
+
+    wanted = stage.precision
+    if wanted == "auto":
+        return "bf16" if base_dtype == torch.bfloat16 and torch.cuda.is_available() else "fp32"
+    if wanted == "fp16" and not torch.cuda.is_available():
+        raise RecipeError(
+            "precision: fp16 needs a CUDA device, there is none.", "Use bf16, fp32 or auto."
+        )
+    return wanted
+
+
+def check_trackers(names: Sequence[str]) -> list[str]:
+    """Return the trackers for `report_to`.
+
+    Raises:
+        RecipeError: If one is unknown or not installed.
+    """
+    for name in names:
+        if name not in TRACKERS:
+            raise RecipeError(f'There is no tracker "{name}".', nearest(name, TRACKERS))
+        if importlib.util.find_spec(TRACKERS[name]) is None:
+            raise RecipeError(
+                f'The tracker "{name}" is not installed.',
+                'Install it with: pip install "reftune[track]"; metrics.jsonl is written anyway.',
+            )
+    return list(names)
+
+
+def arguments(
+    stage: StageSpec,
+    folder: Path,
+    num_rows: int,
+    *,
+    seed: int,
+    num_validation: int = 0,
+    trackers: Sequence[str] = (),
+    base_dtype: torch.dtype | None = None,
+    run_name: str = "run",
+) -> TrainingArguments:
+    """Return TrainingArguments for one stage.
+
+    Args:
+        stage: The stage.
+        folder: Folder of checkpoints.
+        num_rows: Training rows.
+        seed: Seed of data order and dropout.
+        num_validation: Validation rows; 0 if there are none.
+        trackers: Trackers beside metrics.jsonl.
+        base_dtype: Dtype of the base model, for `precision: auto`.
+        run_name: Name shown by trackers.
+
+    Raises:
+        RecipeError: If values do not fit together or the device.
+        DataError: If validation is asked for and there are no validation rows.
+    """
+    import torch
+    from transformers import TrainingArguments
+
+    check_numbers(stage)
+    split = Split.of(stage, world_size())
+    kind = precision(stage, base_dtype or torch.float32)
+    steps = total_steps(stage, num_rows)
+    optimiser = stage.optimiser
+    return TrainingArguments(
+        output_dir=str(folder),
+        run_name=run_name,
+        per_device_train_batch_size=split.micro,
+        per_device_eval_batch_size=split.micro,
+        gradient_accumulation_steps=split.accumulation,
+        num_train_epochs=stage.epochs,
+        max_steps=-1 if stage.max_steps is None else stage.max_steps,
+        learning_rate=optimiser.lr,
+        weight_decay=optimiser.weight_decay,
+        adam_beta1=optimiser.betas[0],
+        adam_beta2=optimiser.betas[1],
+        adam_epsilon=optimiser.eps,
+        max_grad_norm=optimiser.clip,
+        lr_scheduler_type=optimiser.schedule,
+        warmup_steps=math.ceil(optimiser.warmup * steps),
+        optim="adamw_torch_fused" if torch.cuda.is_available() else "adamw_torch",
+        bf16=kind == "bf16",
+        fp16=kind == "fp16",
+        seed=seed,
+        data_seed=seed,
+        report_to=check_trackers(trackers) or "none",
+        **_schedule(stage, num_validation),
+        **_fixed(),
+    )
+
+
+def _fixed() -> dict[str, Any]:
+    """Return what reftune relies on and no recipe changes."""
+    import torch
+
+    return {
+        "logging_strategy": "steps",
+        "logging_steps": 1,
+        "logging_nan_inf_filter": False,  # a loss that is not finite is an error, not a gap
+        "remove_unused_columns": False,
+        "disable_tqdm": True,
+        "dataloader_num_workers": 0,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        "label_names": ["labels"],
+        "save_total_limit": None,  # rotated by reftune, which writes them under a temporary name
+        "load_best_model_at_end": False,
+    }
+
+
+def _schedule(stage: StageSpec, num_validation: int) -> dict[str, Any]:
+    """Return when to save and to score validation rows."""
+    values: dict[str, Any] = {"save_strategy": "epoch", "eval_strategy": "no"}
+    if stage.checkpoint_every:
+        values |= {"save_strategy": "steps", "save_steps": stage.checkpoint_every}
+    wanted = stage.evaluate_every > 0 or stage.keep == "best"
+    if not wanted:
+        return values
+    if not num_validation:
+        what = "keep: best" if stage.keep == "best" else f"evaluate_every: {stage.evaluate_every}"
+        raise DataError(
+            f"{what} needs validation rows, the task has none.",
+            "Give task.validation (or validation_size), or use keep: last and evaluate_every: 0.",
+        )
+    if stage.evaluate_every:
+        return values | {"eval_strategy": "steps", "eval_steps": stage.evaluate_every}
+    return values | {"eval_strategy": "epoch"}
+
+
+def check_numbers(stage: StageSpec) -> None:
+    """Find values that are out of range, all at once.
+
+    Raises:
+        RecipeError: If there are any.
+    """
+    optimiser = stage.optimiser
+    faults = {
+        "optimiser.lr": optimiser.lr <= 0 and "above 0",
+        "optimiser.weight_decay": optimiser.weight_decay < 0 and "0 or more",
+        "optimiser.warmup": not 0 <= optimiser.warmup < 1 and "a share from 0 to below 1",
+        "optimiser.clip": optimiser.clip < 0 and "0 (off) or more",
+        "epochs": stage.max_steps is None and stage.epochs <= 0 and "above 0",
+        "max_steps": stage.max_steps is not None and stage.max_steps < 1 and "at least 1",
+        "max_len": stage.max_len < 2 and "at least 2",
+        "checkpoint_every": stage.checkpoint_every < 0 and "0 (each epoch) or more",
+        "evaluate_every": stage.evaluate_every < 0 and "0 (never) or more",
+    }
+    wrong = [f"{name} must be {rule}" for name, rule in faults.items() if rule]
+    if wrong:
+        raise RecipeError("; ".join(wrong) + ".", "Mend the stage.")

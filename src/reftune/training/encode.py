@@ -1,0 +1,340 @@
+"""Examples to token rows: what is prompt, what is learned, what is cut.
+
+Prompt and target are tokenised separately and concatenated, so that no token straddles the border
+and training sees exactly the prompt tokens that inference will see.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Literal
+
+from reftune.errors import DataError
+from reftune.training.texts import EmptyTargetError, Frame, empty_target, frame, texts
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reftune.tasks.base import Example
+
+log = logging.getLogger(__name__)
+
+IGNORE = -100
+EMPTY_ALLOWED = 0.05
+"""Share of rows without a target that is skipped with a warning; more is an error."""
+
+Kind = Literal["causal", "classification", "seq2seq"]
+
+
+class TooLongError(DataError):
+    """A target does not fit. `needed` is the max_len that would do."""
+
+    needed: int = 0
+
+
+@dataclass
+class Encoded:
+    """One row of tokens.
+
+    Attributes:
+        input_ids: T token ids, no padding.
+        labels: T labels, unshifted: `labels[t] == input_ids[t]` or −100.
+        prompt_len: Tokens before the first target token (with BOS).
+        id: Name of the row, for messages.
+        class_label: Class or value of a classification row.
+        decoder_labels: Target ids of an encoder-decoder row.
+        select: Subspace dimensions this row trains.
+        intervention_mask: Explicit places to edit, T booleans, for the position rule `mask`.
+        subject: Place of the last token of the subject, for the rule `subject_last`.
+        token_types: Segment of each token, for models that were trained with segments.
+        cut: Prompt tokens that were cut off.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    prompt_len: int
+    id: str = ""
+    class_label: int | float | None = None
+    decoder_labels: list[int] | None = None
+    select: tuple[int, ...] | None = None
+    intervention_mask: list[bool] | None = None
+    subject: int | None = None
+    token_types: list[int] | None = None
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+
+@dataclass
+class Rows:
+    """Encoded rows of one split with what happened to them; indexable, with a length.
+
+    Attributes:
+        rows: The rows.
+        skipped: Ids of rows that had no target.
+        cut: Number of rows whose prompt was cut.
+    """
+
+    rows: list[Encoded]
+    skipped: list[str] = field(default_factory=list)
+    cut: int = 0
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Encoded:
+        return self.rows[index]
+
+    def summary(self) -> dict[str, int]:
+        """Return counts for the report."""
+        return {
+            "rows": len(self.rows),
+            "skipped_without_target": len(self.skipped),
+            "prompts_cut": self.cut,
+            "longest": max(map(len, self.rows), default=0),
+        }
+
+
+def encode(
+    example: Example,
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    *,
+    kind: Kind = "causal",
+    around: Frame | None = None,
+) -> Encoded:
+    """Encode one example.
+
+    `[BOS] prompt | target EOS`; BOS only where the tokenizer adds it to a plain text. A prompt that
+    is too long is cut from the left (the BOS stays), a target never.
+
+    Args:
+        example: The example. With `messages`, the chat template renders prompt and target; with
+            `meta["subject"]`, the place of that text in the prompt is noted.
+        tokenizer: The tokenizer of the base model.
+        max_len: Longest row in tokens.
+        kind: `causal`, `classification` (text and class label) or `seq2seq`.
+        around: `frame(tokenizer)`, if known already.
+
+    Raises:
+        DataError: If there is nothing to learn, the target does not fit, the chat template is
+            missing or renders the answer differently from the prompt, or there is no EOS token.
+    """
+    around = around or frame(tokenizer)
+    if kind == "classification":
+        return _encode_class(example, tokenizer, max_len, around)
+    prompt, target, lead = texts(example, tokenizer, around)
+    prompt_ids = _ids(tokenizer, prompt)
+    target_ids = _target_ids(tokenizer, target, example.id)
+    if kind == "seq2seq":
+        return _encode_pair(example, prompt_ids, target_ids, max_len, around)
+    room = max_len - len(lead) - len(target_ids)
+    if room < (0 if lead and not prompt_ids else 1):
+        raise _too_long(example.id, len(target_ids), max_len, len(lead) + 1)
+    if not prompt_ids and not lead:
+        raise DataError(
+            f'Row "{example.id}" has an empty prompt and the tokenizer adds no BOS token, so there '
+            "is no token to edit before the answer.",
+            "Give the row a prompt.",
+        )
+    cut = max(0, len(prompt_ids) - room)
+    head = [*lead, *prompt_ids[cut:]]
+    return Encoded(
+        input_ids=head + target_ids,
+        labels=[IGNORE] * len(head) + target_ids,
+        prompt_len=len(head),
+        id=example.id,
+        select=example.subspace,
+        subject=_subject_place(example, prompt, tokenizer, len(lead) - cut, len(head)),
+        cut=cut,
+    )
+
+
+def encode_all(
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    max_len: int,
+    *,
+    kind: Kind = "causal",
+    what: str = "training",
+) -> Rows:
+    """Encode a split.
+
+    Rows without a target are skipped with a warning while they are at most 5 % of all; more than
+    that is usually a wrong column name and an error. Targets that do not fit are always an error,
+    reported together with the max_len that would do.
+
+    Args:
+        examples: The examples of the split.
+        tokenizer: The tokenizer of the base model.
+        max_len: Longest row in tokens.
+        kind: See `encode`.
+        what: Name of the split in messages.
+
+    Raises:
+        DataError: If there are no rows, too many without a target, or targets that do not fit.
+    """
+    if not examples:
+        raise DataError(f"There are no {what} rows.", "Check the task, its sizes and its files.")
+    around = frame(tokenizer)
+    rows: list[Encoded] = []
+    empty: list[EmptyTargetError] = []
+    skipped: list[str] = []
+    long: list[TooLongError] = []
+    for example in examples:
+        try:
+            rows.append(encode(example, tokenizer, max_len, kind=kind, around=around))
+        except EmptyTargetError as error:
+            empty.append(error)
+            skipped.append(example.id)
+        except TooLongError as error:
+            long.append(error)
+    if long:
+        raise _all_too_long(long, len(examples), what)
+    if len(empty) > EMPTY_ALLOWED * len(examples):
+        raise DataError(
+            f"{len(empty)} of {len(examples)} {what} rows have no target. {empty[0].what}",
+            "Check the field that holds the text to learn.",
+        )
+    if empty:
+        log.warning("%d of %d %s rows have no target: skipped", len(empty), len(examples), what)
+    cut = sum(row.cut > 0 for row in rows)
+    if cut:
+        log.warning(
+            "%d of %d %s prompts are longer than max_len %d: cut from the left",
+            *(cut, len(rows), what, max_len),
+        )
+    return Rows(rows, skipped, cut)
+
+
+def blank(row: Encoded) -> Encoded:
+    """Return a one-token copy of a row without labels: fills the last batch of a process."""
+    class_label = None
+    if row.class_label is not None:
+        class_label = float("nan") if isinstance(row.class_label, float) else IGNORE
+    decoder = None if row.decoder_labels is None else [IGNORE]
+    return replace(
+        row,
+        input_ids=row.input_ids[:1],
+        labels=[IGNORE],
+        prompt_len=1,
+        class_label=class_label,
+        decoder_labels=decoder,
+        intervention_mask=None if row.intervention_mask is None else [False],
+        subject=None if row.subject is None else 0,
+        token_types=None if row.token_types is None else row.token_types[:1],
+        id="",
+    )
+
+
+def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
+
+
+def _target_ids(tokenizer: PreTrainedTokenizerBase, target: str, row: str) -> list[int]:
+    eos = tokenizer.eos_token_id
+    if eos is None:
+        raise DataError(
+            "The tokenizer has no EOS token, so the model could not learn where an answer ends.",
+            "Set tokenizer.eos_token.",
+        )
+    ids = _ids(tokenizer, target)
+    if not ids:
+        raise empty_target(row, "a target without tokens")
+    return ids if ids[-1] == eos else [*ids, eos]
+
+
+def _encode_class(
+    example: Example, tokenizer: PreTrainedTokenizerBase, max_len: int, around: Frame
+) -> Encoded:
+    """Encode a text (or pair of texts) with its class; cut from the right, longest first."""
+    if example.label is None:
+        raise empty_target(example.id, "no class label")
+    pair = example.pair or None
+    made = tokenizer(example.prompt, pair, truncation="longest_first", max_length=max_len)
+    ids = list(made["input_ids"])
+    whole = len(tokenizer(example.prompt, pair, verbose=False)["input_ids"])
+    if len(ids) <= len(around.lead) + len(around.tail):
+        raise DataError(f'Row "{example.id}" has an empty text.', "Remove the row.")
+    return Encoded(
+        input_ids=ids,
+        labels=[IGNORE] * len(ids),
+        prompt_len=len(ids),
+        id=example.id,
+        class_label=example.label,
+        select=example.subspace,
+        token_types=made.get("token_type_ids"),
+        cut=whole - len(ids),
+    )
+
+
+def _encode_pair(
+    example: Example, prompt: list[int], target: list[int], max_len: int, around: Frame
+) -> Encoded:
+    """Encode for an encoder-decoder: the prompt on one side, the target on the other."""
+    if len(target) > max_len:
+        raise _too_long(example.id, len(target), max_len, 0)
+    room = max_len - len(around.lead) - len(around.tail)
+    cut = max(0, len(prompt) - room)
+    ids = [*around.lead, *prompt[cut:], *around.tail]
+    return Encoded(
+        input_ids=ids,
+        labels=[IGNORE] * len(ids),
+        prompt_len=len(ids),
+        id=example.id,
+        decoder_labels=target,
+        select=example.subspace,
+        cut=cut,
+    )
+
+
+def _subject_place(
+    example: Example,
+    prompt: str,
+    tokenizer: PreTrainedTokenizerBase,
+    shift: int,
+    prompt_len: int,
+) -> int | None:
+    """Return the place of the last token of `meta["subject"]` (its last mention), or None."""
+    subject = example.meta.get("subject")
+    if not subject:
+        return None
+    end = prompt.rfind(subject) + len(subject)
+    if end < len(subject):
+        raise DataError(
+            f'Row "{example.id}": its subject "{subject}" is not in the prompt.',
+            "Mend the subject field.",
+        )
+    # The token that covers the last character; tokenising up to it could split differently.
+    spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
+    covering = [i for i, (a, b) in enumerate(spans["offset_mapping"]) if a < end <= b]
+    place = covering[0] + shift if covering else -1
+    if not 0 <= place < prompt_len:
+        raise DataError(
+            f'Row "{example.id}": its subject "{subject}" was cut off with the prompt.',
+            "Set a larger max_len.",
+        )
+    return place
+
+
+def _too_long(row: str, target: int, max_len: int, around: int) -> TooLongError:
+    error = TooLongError(
+        f'Row "{row}" has a target of {target} tokens (with EOS), which leaves no room for a '
+        f"prompt within max_len {max_len}. Targets are never cut.",
+        f"Set max_len to at least {target + around}, or drop the row.",
+    )
+    error.needed = target + around
+    return error
+
+
+def _all_too_long(errors: list[TooLongError], total: int, what: str) -> TooLongError:
+    needed = max(error.needed for error in errors)
+    error = TooLongError(
+        f"{len(errors)} of {total} {what} rows have a target that does not fit. {errors[0].what}",
+        f"Set max_len to at least {needed} (more, if prompts shall not be cut), or drop the rows.",
+    )
+    error.needed = needed
+    return error

@@ -1,0 +1,270 @@
+"""The folder of a run: what belongs in it, and who may write there.
+
+    runs/<name>/
+      recipe.yaml         the resolved recipe
+      environment.json    versions, device, threads
+      state.json          what is finished
+      metrics.jsonl       a line a step
+      checkpoints/        to resume from
+      adapter/ | stack/ | model/
+      predictions.jsonl   answers, to read
+      report.json, report.md, plots/
+
+A finished run is never written to; an unfinished one only by resuming it with the same recipe.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import shutil
+import sys
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from reftune.config.recipe import Recipe
+from reftune.errors import RecipeError, TrainingError
+from reftune.report.files import plain, write_json_atomic, write_text_atomic
+from reftune.report.model import Report
+from reftune.training.checkpoints import list_checkpoints
+
+log = logging.getLogger(__name__)
+
+FREE = ("name", "output", "track")
+"""Keys of a recipe that may change between a start and its resumption."""
+FREE_UNTIL_FINISHED = ("evaluation",)
+PACKAGES = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors")
+
+
+class RunFolder:
+    """One run's folder.
+
+    Args:
+        recipe: The resolved recipe; the folder is `<output>/<name>`.
+    """
+
+    def __init__(self, recipe: Recipe) -> None:
+        self.recipe = recipe
+        self.path = Path(recipe.output).expanduser() / recipe.name
+        self._state: dict[str, Any] = {}
+
+    @classmethod
+    def open(
+        cls,
+        recipe: Recipe,
+        resume: bool = False,
+        overwrite: bool = False,
+        is_main: bool = True,
+    ) -> RunFolder:
+        """Create or continue the folder of a run.
+
+        A folder left by a run that never got to a checkpoint is used again. Resuming a run that
+        never started starts it.
+
+        Args:
+            recipe: The resolved recipe.
+            resume: Continue an unfinished run.
+            overwrite: Delete the run that is there.
+            is_main: Whether this process writes.
+
+        Raises:
+            RecipeError: If there is a run already, or a folder that is none, or the recipe changed.
+            TrainingError: If the folder cannot be written.
+        """
+        folder = cls(recipe)
+        there = folder._look()
+        if resume and there in ("finished", "unfinished"):
+            folder._continue()
+            return folder
+        if there in ("finished", "unfinished") and not overwrite:
+            raise folder._refusal(there)
+        if there == "foreign":
+            raise RecipeError(
+                f"{folder.path} exists and is not the folder of a run.",
+                "Choose another --name or output:.",
+            )
+        if is_main:
+            folder._create()
+        return folder
+
+    def _look(self) -> str:
+        """Return `none`, `foreign`, `unstarted`, `unfinished` or `finished`."""
+        if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
+            return "none"
+        if not (self.path / "state.json").is_file():
+            return "foreign"
+        self._state = self._read_state()
+        if self._state.get("status") == "finished":
+            return "finished"
+        worth = self._state.get("stages") or any(
+            list_checkpoints(path) for path in (self.checkpoints, *self.checkpoints.glob("stage-*"))
+        )
+        return "unfinished" if worth else "unstarted"
+
+    def _refusal(self, there: str) -> RecipeError:
+        if there == "finished":
+            what = f"{self.path} holds a finished run."
+            remedy = "Choose another --name, or delete it with --overwrite."
+        else:
+            what = f"{self.path} holds an unfinished run."
+            remedy = "Continue it with --resume, choose another --name, or use --overwrite."
+        return RecipeError(what, f"Nothing there was touched. {remedy}")
+
+    def _continue(self) -> None:
+        before = self._state.get("recipe", {})
+        free = FREE if self.is_finished else (*FREE, *FREE_UNTIL_FINISHED)
+        changed = [
+            key
+            for key in changed_keys(before, plain(asdict(self.recipe)))
+            if not key.startswith(tuple(free))
+        ]
+        if changed:
+            raise RecipeError(
+                f"{self.path} was started with another recipe; changed: {', '.join(changed)}.",
+                "Resume with the recipe in its recipe.yaml, or choose another --name.",
+            )
+
+    def _create(self) -> None:
+        from reftune.config.loader import dump
+
+        try:
+            if self.path.exists():
+                old = self.path.with_name(f".old-{self.path.name}-{uuid.uuid4().hex[:8]}")
+                os.replace(self.path, old)
+                shutil.rmtree(old, ignore_errors=True)
+            self.path.mkdir(parents=True)
+            self._state = {"status": "running", "recipe": plain(asdict(self.recipe)), "stages": []}
+            self._write_state()
+            write_text_atomic(self.path / "recipe.yaml", dump(self.recipe))
+        except OSError as error:
+            raise TrainingError(
+                f"The run folder {self.path} cannot be written: {error}.",
+                "Make space, check permissions, or choose another output:.",
+            ) from error
+
+    # State
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run is done, with its report."""
+        return self._state.get("status") == "finished"
+
+    @property
+    def stages(self) -> list[dict[str, Any]]:
+        """What is known of each finished stage, in order."""
+        return list(self._state.get("stages", []))
+
+    def add_stage(self, facts: dict[str, Any]) -> None:
+        """Note a finished stage."""
+        self._state.setdefault("stages", []).append(plain(facts))
+        self._write_state()
+
+    def finish(self) -> None:
+        """Note that the run is done."""
+        self._state["status"] = "finished"
+        self._write_state()
+
+    def _read_state(self) -> dict[str, Any]:
+        try:
+            return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError) as error:
+            raise TrainingError(
+                f"{self.path / 'state.json'} cannot be read: {error}.",
+                "Choose another --name, or delete the folder.",
+            ) from error
+
+    def _write_state(self) -> None:
+        write_json_atomic(self.path / "state.json", self._state)
+
+    # Places
+
+    @property
+    def checkpoints(self) -> Path:
+        """Folder of checkpoints."""
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        """The line-a-step file."""
+        return self.path / "metrics.jsonl"
+
+    def stage_checkpoints(self, index: int) -> Path:
+        """Return the checkpoint folder of a stage (from 0)."""
+        single = len(self.recipe.stages) == 1
+        return self.checkpoints if single else self.checkpoints / f"stage-{index + 1}"
+
+    def stage_artefact(self, index: int, kind: str) -> Path:
+        """Return where the artefact of a stage (from 0) stands; the last one is the run's."""
+        is_last = index == len(self.recipe.stages) - 1
+        return self.path / kind if is_last else self.path / "stages" / str(index + 1) / kind
+
+    # Contents
+
+    def write_environment(self) -> dict[str, Any]:
+        """Write environment.json: what is needed to repeat the run, no names of people."""
+        facts = environment()
+        write_json_atomic(self.path / "environment.json", facts)
+        return facts
+
+    def write_report(self, report: Report, text: str) -> None:
+        """Write report.json and report.md."""
+        write_text_atomic(self.path / "report.md", text)
+        report.write(self.path / "report.json")
+
+
+def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:
+    """Return dotted keys at which two plain values differ.
+
+    >>> changed_keys({"a": {"b": 1}, "c": [1]}, {"a": {"b": 2}, "c": [1]})
+    ['a.b']
+    """
+    if isinstance(before, dict) and isinstance(after, dict):
+        keys: Sequence[Any] = list(dict.fromkeys([*before, *after]))
+        pairs = [(key, before.get(key), after.get(key)) for key in keys]
+    elif isinstance(before, list) and isinstance(after, list) and len(before) == len(after):
+        pairs = list(zip(range(len(before)), before, after))
+    else:
+        return [] if before == after else [path]
+    found = []
+    for key, old, new in pairs:
+        found += changed_keys(old, new, f"{path}.{key}" if path else str(key))
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, device and threads."""
+    import torch
+
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name(0)
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    return {
+        "versions": versions(),
+        "device": device,
+        "threads": torch.get_num_threads(),
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "system": platform.system(),
+        "machine": platform.machine(),
+        "cpus": os.cpu_count(),
+    }
+
+
+def versions() -> dict[str, str]:
+    """Return the versions of Python and of the packages a result depends on."""
+    from reftune import __version__
+
+    found = {"reftune": __version__, "python": ".".join(map(str, sys.version_info[:3]))}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "not installed"
+    return found

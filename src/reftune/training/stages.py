@@ -1,0 +1,386 @@
+"""A whole run: data, model, stages one after the other, evaluation, report."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from reftune.config.recipe import Recipe, StageSpec
+from reftune.errors import DataError, RecipeError
+from reftune.report.model import Report
+from reftune.training.runfolder import RunFolder
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedTokenizerBase
+
+    from reftune.tasks.base import Example, Task
+    from reftune.training.encode import Rows
+    from reftune.training.trainer import ReftTrainer
+
+log = logging.getLogger(__name__)
+
+PLAIN = ("full", "head_only")
+"""Methods that change the model itself; their artefact is a whole model."""
+
+
+@dataclass
+class Data:
+    """The rows of a run.
+
+    Attributes:
+        task: Where they come from.
+        splits: Rows of the splits that the run needs.
+        kind: How they are encoded: `causal`, `classification` or `seq2seq`.
+        overlap: Questions that training and scored rows share, for the report.
+    """
+
+    task: Task
+    splits: dict[str, list[Example]]
+    kind: str
+    overlap: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Run:
+    """What the stages of a run share."""
+
+    recipe: Recipe
+    folder: RunFolder
+    data: Data
+    model: nn.Module
+    tokenizer: PreTrainedTokenizerBase
+    base_parameters: int
+    progress: bool
+
+
+def train(
+    recipe: Recipe, resume: bool = False, progress: bool = True, overwrite: bool = False
+) -> Report:
+    """Run a recipe: train its stages, save the adapter, evaluate, write the report.
+
+    A killed run continues with `resume=True` to bit-equal weights at an equal number of threads and
+    processes. Resuming a finished run returns its report.
+
+    Args:
+        recipe: The resolved recipe.
+        resume: Continue an unfinished run.
+        progress: Show progress on standard error.
+        overwrite: Delete a run that is there.
+
+    Returns:
+        The report, as written to `report.json`. Under `accelerate launch` only the main process
+        evaluates; the others return a report without figures.
+
+    Raises:
+        ReftuneError: For everything the user can mend: see `reftune.errors`.
+    """
+    import torch
+
+    from reftune.training.arguments import is_main_process
+
+    check(recipe)
+    folder = RunFolder.open(recipe, resume, overwrite, is_main_process())
+    if folder.is_finished:
+        log.info("%s is finished already", folder.path)
+        return Report.read(folder.path / "report.json")
+    threads = torch.get_num_threads()
+    if recipe.threads:
+        torch.set_num_threads(recipe.threads)
+    try:
+        with _quiet(not progress):
+            return _train(recipe, folder, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@contextmanager
+def _quiet(on: bool) -> Iterator[None]:
+    """Switch transformers' own progress bars off for a while."""
+    from transformers.utils import logging as transformers_logging
+
+    on = on and transformers_logging.is_progress_bar_enabled()
+    if on:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if on:
+            transformers_logging.enable_progress_bar()
+
+
+def check(recipe: Recipe) -> None:
+    """Find faults that need neither data nor model.
+
+    Raises:
+        RecipeError: If stages, objectives, trackers or batch sizes do not fit.
+    """
+    from reftune import objectives
+    from reftune.training.arguments import Split, check_numbers, check_trackers, world_size
+
+    if not recipe.stages:
+        raise RecipeError("The recipe has no stages.", "Give at least one, or an adapter.")
+    check_trackers(recipe.track)
+    wanted = "class" if recipe.model.head == "classification" else "text"
+    for stage in recipe.stages:
+        objective = objectives.get(stage.objective)
+        objective.config_from(stage.objective_options)
+        if objective.rows != wanted:
+            raise RecipeError(
+                f'The objective "{stage.objective}" does not fit model.head: {recipe.model.head}.',
+                "Classification heads go with the objective classification, others with sft.",
+            )
+        check_numbers(stage)
+        Split.of(stage, world_size())
+    _check_plain(recipe)
+
+
+def _check_plain(recipe: Recipe) -> None:
+    """Refuse to combine changed weights with adapters: the artefact could not say what it needs."""
+    plain = [stage.adapter.method for stage in recipe.stages if stage.adapter.method in PLAIN]
+    same = all(stage.adapter == recipe.stages[0].adapter for stage in recipe.stages)
+    if plain and (not same or recipe.model.adapter):
+        raise RecipeError(
+            f"{plain[0]} changes the model itself and cannot be combined with an adapter in one "
+            "run.",
+            "Train it in a run of its own and give its model folder as model.name of the next.",
+        )
+
+
+def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:
+    from transformers import set_seed
+
+    from reftune.training.arguments import is_main_process
+    from reftune.training.outcome import conclude
+
+    data = load_data(recipe)
+    set_seed(recipe.seed)  # before the model: a new classification head is drawn here
+    model, tokenizer = load_model(recipe, data, bare=bool(folder.stages))
+    base_parameters = sum(p.numel() for p in model.parameters())
+    if is_main_process():
+        folder.write_environment()
+    run = Run(recipe, folder, data, model, tokenizer, base_parameters, progress)
+    for index in range(len(recipe.stages)):
+        if index < len(folder.stages):
+            _restore_stage(run, index)
+        else:
+            _train_stage(run, index)
+    if not is_main_process():
+        return Report(name=recipe.name)
+    return conclude(run)
+
+
+def load_data(recipe: Recipe) -> Data:
+    """Load the splits a recipe needs.
+
+    Raises:
+        RecipeError: If the task does not fit the model's head.
+        DataError: If rows are missing, or must not be used this way.
+    """
+    from reftune import tasks
+    from reftune.tasks.guard import overlap
+
+    task = tasks.get(recipe.task)
+    head = recipe.model.head
+    if (task.kind == "classification") != (head == "classification"):
+        raise RecipeError(
+            f'The task "{recipe.task.name}" is of kind {task.kind}, model.head is {head}.',
+            "Classification tasks need model.head: classification, others causal or seq2seq.",
+        )
+    splits = {"train": task.load("train")}
+    scored = recipe.evaluation.split
+    needs_validation = scored == "validation" or any(map(_validates, recipe.stages))
+    if needs_validation and "validation" in task.splits:
+        splits["validation"] = task.load("validation")
+    if scored == "test":
+        splits["test"] = task.load("test")
+    if scored != "none" and not splits.get(scored):
+        raise DataError(
+            f'The task "{recipe.task.name}" has no {scored} rows to score.',
+            "Give some, or set evaluation.split: none.",
+        )
+    shared: dict[str, Any] = {}
+    if scored != "none":
+        found = overlap(splits["train"], splits[scored])
+        shared = {"questions": found.count, "share": found.share, "text": str(found)}
+        if found.count:
+            log.warning("%s", found)
+    return Data(task, splits, "causal" if head == "causal" else head, shared)
+
+
+def _validates(stage: StageSpec) -> bool:
+    return stage.evaluate_every > 0 or stage.keep == "best"
+
+
+def load_model(
+    recipe: Recipe, data: Data, bare: bool = False
+) -> tuple[nn.Module, PreTrainedTokenizerBase]:
+    """Load the base model with the adapter that is on it from the start, if any.
+
+    Args:
+        recipe: The recipe.
+        data: Its rows, which tell the classes of a class head.
+        bare: Leave `model.adapter` out: the artefact of a finished stage holds it.
+    """
+    from reftune.model.build import load_base
+    from reftune.model.checkpoint import load_adapter
+
+    num_labels = None
+    if data.kind == "classification":
+        num_labels = data.task.num_labels or _count_labels(data.splits["train"])
+    model, tokenizer = load_base(recipe.model, num_labels)
+    if recipe.model.adapter and not bare:
+        model, _ = load_adapter(recipe.model.adapter, model=model)
+    return model, tokenizer
+
+
+def _count_labels(examples: Sequence[Example]) -> int:
+    labels = [example.label for example in examples]
+    if any(isinstance(label, float) for label in labels):
+        return 1
+    return 1 + max(int(label) for label in labels if label is not None)
+
+
+def continues(recipe: Recipe, index: int) -> bool:
+    """Return whether a stage trains on the adapter of the stage before it."""
+    return index > 0 and recipe.stages[index].adapter == recipe.stages[index - 1].adapter
+
+
+def artefact_kind(recipe: Recipe, index: int) -> str:
+    """Return `adapter`, `stack` or `model`: what stands on the base after a stage (from 0)."""
+    if recipe.stages[index].adapter.method in PLAIN:
+        return "model"
+    own = sum(not continues(recipe, i) for i in range(index + 1))
+    return "stack" if own + bool(recipe.model.adapter) > 1 else "adapter"
+
+
+def _restore_stage(run: Run, index: int) -> None:
+    """Load what a finished stage left, trainable if the next stage goes on with it."""
+    from reftune.model.build import apply_adapter, load_base
+    from reftune.model.checkpoint import load_adapter
+
+    if index < len(run.folder.stages) - 1:
+        return  # a later artefact holds this one too
+    recipe, adapter = run.recipe, run.recipe.stages[index].adapter
+    folder = run.folder.stage_artefact(index, artefact_kind(recipe, index))
+    is_next = index + 1 < len(recipe.stages) and continues(recipe, index + 1)
+    if adapter.method in PLAIN:
+        labels = run.model.config.num_labels if run.data.kind == "classification" else None
+        model, _ = load_base(replace(recipe.model, name=str(folder.resolve())), labels)
+        run.model = apply_adapter(model, adapter, recipe.seed)
+    else:
+        run.model, _ = load_adapter(folder, model=run.model, trainable=is_next)
+    log.info("stage %d is finished already", index + 1)
+
+
+def _train_stage(run: Run, index: int) -> None:
+    from reftune.model.build import apply_adapter, trainable_summary
+    from reftune.training.arguments import is_main_process
+    from reftune.training.backward import set_checkpointing
+    from reftune.training.callbacks import MetricsWriter
+
+    recipe, stage = run.recipe, run.recipe.stages[index]
+    if not continues(recipe, index):
+        run.model = apply_adapter(run.model, stage.adapter, recipe.seed)
+    rows = _encode(run, stage)
+    writer = MetricsWriter(run.folder.metrics, index + 1)
+    trainer = _trainer(run, index, rows, writer)
+    if stage.gradient_checkpointing:
+        set_checkpointing(run.model, True)
+    try:
+        result = trainer.train(resume_from_checkpoint=True)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            getattr(callback, "close", lambda: None)()
+        if stage.gradient_checkpointing:
+            set_checkpointing(run.model, False)
+    if not is_main_process():
+        return
+    path = _save(run, index)
+    summary = trainable_summary(run.model)
+    run.folder.add_stage(
+        {
+            "method": stage.adapter.method,
+            "objective": stage.objective,
+            "artefact": path.relative_to(run.folder.path).as_posix(),
+            "trainable_parameters": summary.trainable,
+            "trainable_fraction": summary.trainable / max(1, run.base_parameters),
+            "adapter_bytes": _bytes(path),
+            "steps": result.global_step,
+            "train_seconds": writer.seconds,
+            "validation_loss": _last_validation(trainer),
+            "data": {name: split.summary() for name, split in rows.items()},
+        }
+    )
+
+
+def _encode(run: Run, stage: StageSpec) -> dict[str, Rows]:
+    from reftune.training.encode import encode_all
+
+    splits = ["train", "validation"] if _validates(stage) else ["train"]
+    return {
+        name: encode_all(
+            run.data.splits[name], run.tokenizer, stage.max_len, kind=run.data.kind, what=name
+        )
+        for name in splits
+        if run.data.splits.get(name)
+    }
+
+
+def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTrainer:
+    from reftune import objectives
+    from reftune.training.arguments import arguments
+    from reftune.training.collate import Collator
+    from reftune.training.progress import Progress
+    from reftune.training.trainer import ReftTrainer
+
+    recipe, stage = run.recipe, run.recipe.stages[index]
+    objective = objectives.get(stage.objective)
+    callbacks = [writer]
+    if run.progress:
+        title = stage.adapter.method
+        if len(recipe.stages) > 1:
+            title = f"stage {index + 1}/{len(recipe.stages)} {title}"
+        callbacks.append(Progress(title))
+    return ReftTrainer(
+        run.model,
+        arguments(
+            stage,
+            run.folder.stage_checkpoints(index),
+            len(rows["train"]),
+            seed=recipe.seed,
+            num_validation=len(rows.get("validation", ())),
+            trackers=recipe.track,
+            base_dtype=next(run.model.parameters()).dtype,
+            run_name=recipe.name,
+        ),
+        objective(objective.config_from(stage.objective_options)),
+        train_dataset=rows["train"],
+        eval_dataset=rows.get("validation"),
+        data_collator=Collator.of(run.tokenizer),
+        keep_best=stage.keep == "best",
+        callbacks=callbacks,
+    )
+
+
+def _save(run: Run, index: int) -> Path:
+    from reftune.model.checkpoint import save_adapter
+
+    folder = run.folder.stage_artefact(index, artefact_kind(run.recipe, index))
+    save_adapter(run.model, folder)
+    if run.recipe.stages[index].adapter.method in PLAIN:
+        run.tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _bytes(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*.safetensors"))
+
+
+def _last_validation(trainer: ReftTrainer) -> float | None:
+    losses = [line["eval_loss"] for line in trainer.state.log_history if "eval_loss" in line]
+    return losses[-1] if losses else None

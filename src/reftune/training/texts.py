@@ -1,0 +1,114 @@
+"""Prompt text and target text of an example, and the special tokens around them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from reftune.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reftune.tasks.base import Example
+
+
+class EmptyTargetError(DataError):
+    """A row has nothing to learn."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """Special tokens a tokenizer puts around a plain text."""
+
+    lead: tuple[int, ...]
+    tail: tuple[int, ...]
+
+
+def frame(tokenizer: PreTrainedTokenizerBase) -> Frame:
+    """Learn from the tokenizer itself which special tokens surround a plain text.
+
+    Llama: lead (bos,), tail (); GPT-2 and Qwen: neither; BERT: (cls,), (sep,); T5: (), (eos,).
+    """
+    whole = list(tokenizer("a")["input_ids"])
+    plain = list(tokenizer("a", add_special_tokens=False)["input_ids"])
+    for start in range(len(whole) - len(plain) + 1):
+        if whole[start : start + len(plain)] == plain:
+            return Frame(tuple(whole[:start]), tuple(whole[start + len(plain) :]))
+    return Frame((), ())
+
+
+def texts(
+    example: Example, tokenizer: PreTrainedTokenizerBase, around: Frame
+) -> tuple[str, str, tuple[int, ...]]:
+    """Return prompt text, target text and the leading special tokens still to be added.
+
+    Chat rows: the prompt is the template's rendering of all messages before the last assistant
+    message, with its generation prompt; the target is what the full rendering adds to that.
+    """
+    if example.messages is None:
+        if not example.target.strip():
+            raise empty_target(example.id, "an empty target")
+        return example.prompt, example.target, around.lead
+    messages = [dict(message) for message in example.messages]
+    last = max((i for i, m in enumerate(messages) if m.get("role") == "assistant"), default=None)
+    if last is None or not str(messages[last].get("content") or "").strip():
+        raise empty_target(example.id, "no assistant message with content")
+    prompt = render(tokenizer, messages[:last], example.id, True)
+    full = render(tokenizer, messages[: last + 1], example.id, False)
+    if not full.startswith(prompt):
+        raise DataError(
+            f'Row "{example.id}": the chat template renders the conversation with its answer '
+            f"differently from the prompt alone ({_first_difference(prompt, full)}), so that "
+            "prompt and target cannot be told apart.",
+            "Use another chat template, or render prompt and completion fields yourself.",
+        )
+    target = full[len(prompt) :]
+    eos = tokenizer.eos_token
+    if eos and target.rstrip().endswith(eos):
+        target = (
+            target.rstrip()
+        )  # what a template writes after the end of a turn is never asked for
+    return prompt, target, ()
+
+
+def render(
+    tokenizer: PreTrainedTokenizerBase,
+    messages: list[dict[str, Any]],
+    row: str,
+    ask: bool,
+) -> str:
+    """Render messages with the tokenizer's chat template.
+
+    Args:
+        tokenizer: The tokenizer.
+        messages: Role and content of each message.
+        row: Id of the row, for messages.
+        ask: Whether to append the generation prompt.
+
+    Raises:
+        DataError: If there is no template, or it refuses the messages.
+    """
+    if not tokenizer.chat_template:
+        raise DataError(
+            f'Row "{row}" has chat messages but the tokenizer has no chat template.',
+            "Use an instruction-tuned model, set tokenizer.chat_template (a Jinja file "
+            "chat_template.jinja in the model folder), or give prompt and completion fields.",
+        )
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=ask)
+    except Exception as error:  # templates raise what they like
+        raise DataError(
+            f'Row "{row}": the chat template refuses the messages ({error}).',
+            "Check roles and their order.",
+        ) from error
+
+
+def empty_target(row: str, has: str) -> EmptyTargetError:
+    """Return the error for a row with nothing to learn; `has` says what was found instead."""
+    return EmptyTargetError(f'Row "{row}" has {has}.', "Fill it in or drop the row.")
+
+
+def _first_difference(prompt: str, full: str) -> str:
+    at = next((i for i, (a, b) in enumerate(zip(prompt, full)) if a != b), len(full))
+    return f"from character {at}: {prompt[at : at + 20]!r} against {full[at : at + 20]!r}"

@@ -1,0 +1,393 @@
+"""The supervised loop: transformers' Trainer with our loss, checkpoints and refusals.
+
+From the Trainer come data loading, accumulation, mixed precision, DDP and FSDP2 through accelerate,
+and resuming. Changed here: the loss is an objective behind the run seam; its normaliser counts the
+whole optimiser step over all processes; R is never decayed; a loss that is not finite stops the run
+before the step; checkpoints are whole or absent; the row order does not depend on how a batch is
+shared out.
+
+Left out on purpose: label smoothing, packing, model parallelism of the Trainer (`device_map`).
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
+
+from reftune.errors import RecipeError, TrainingError
+from reftune.model.run import Runner
+from reftune.training import checkpoints
+from reftune.training.backward import disable_input_grads
+from reftune.training.collate import Collator, Order, Padded, prepare
+
+if TYPE_CHECKING:
+    from torch.utils.data import DataLoader
+
+    from reftune.model.run import Prepared
+    from reftune.objectives.base import Objective
+
+log = logging.getLogger(__name__)
+
+OBJECTIVE_FILE = "objective.pt"
+_WRAPPERS = ("module.", "_fsdp_wrapped_module.", "_orig_mod.", "_checkpoint_wrapped_module.")
+
+
+class ReftTrainer(Trainer):
+    """Train whatever requires grad in a model with an objective.
+
+    Args:
+        model: A model with trainable parameters: adapters, or itself.
+        args: Training arguments; `remove_unused_columns` must be off.
+        objective: What is minimised.
+        train_dataset: Encoded rows.
+        eval_dataset: Encoded validation rows.
+        data_collator: Stacks rows; default pads with 0.
+        keep_best: Whether to end with the weights of the lowest validation loss.
+        callbacks: Further callbacks.
+
+    Raises:
+        RecipeError: For settings that would silently change what is trained.
+        TrainingError: If nothing is trainable.
+    """
+
+    loss_is_scaled_for_ga = True
+    """The objective divides by the items of the whole step; the Trainer must not divide again."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        args: TrainingArguments,
+        objective: Objective,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        data_collator: Collator | None = None,
+        keep_best: bool = False,
+        callbacks: Sequence[TrainerCallback] = (),
+    ) -> None:
+        _refuse(args)
+        if not any(p.requires_grad for p in model.parameters()):
+            raise TrainingError(
+                "The model has no trainable parameters.",
+                "Add an adapter first, or load it with trainable=True.",
+            )
+        self.objective, self.keep_best = objective, keep_best
+        self.undecayed = {n for n, p in model.named_parameters() if _is_undecayed(n, p)}
+        self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
+        self._runner: Runner | None = None
+        self._saving_to: str | None = None
+        self._sums: dict[str, Tensor] = {}
+        self._weight: Tensor | float = 0.0
+        self.tokens_seen: Tensor | int = 0
+        self._eval_total = 0
+        disable_input_grads(model)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or Collator(),
+            train_dataset=None if train_dataset is None else Padded(train_dataset),
+            eval_dataset=None if eval_dataset is None else Padded(eval_dataset),
+            callbacks=[_KeepBest(self), *callbacks],
+        )
+        self.model_accepts_loss_kwargs = True
+        self.remove_callback(PrinterCallback)
+
+    # Loss
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """Return the objective's loss, scaled so that averaging over processes gives the sum.
+
+        Args:
+            model: The model, as accelerate wrapped it.
+            inputs: A collated batch.
+            return_outputs: Also return an empty dict, for callers that expect outputs.
+            num_items_in_batch: Items of the whole optimiser step over all processes.
+
+        Raises:
+            TrainingError: If the loss is not finite.
+        """
+        prepared = prepare(self._prepare_inputs(inputs))
+        own = self.objective.count(prepared)
+        is_blank = self.accelerator.num_processes > 1 and not int(own)
+        if is_blank:
+            prepared = _with_one_label(prepared)
+        out = self.objective(self._run_through(model), prepared, num_items_in_batch)
+        self._check_finite("loss", float(out.loss.detach()))
+        loss = out.loss * 0.0 if is_blank else out.loss  # a gradient of zeros, but a gradient
+        if self.model.training:
+            self._note(out.metrics, own)
+        loss = loss * self.accelerator.num_processes
+        return (loss, {}) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
+    ) -> tuple[list[Any], Tensor | None]:
+        """Return the batches of one optimiser step and its items over all processes."""
+        batches = list(itertools.islice(epoch_iterator, num_batches))
+        if not batches:
+            return batches, None
+        items = sum(self.objective.count(prepare(batch)) for batch in batches)
+        tokens = sum(batch["attention_mask"].sum() for batch in batches)
+        counts = self._over_processes(torch.stack([items, tokens]).to(device))
+        self.tokens_seen = self.tokens_seen + counts[1]
+        return batches, counts[0]
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """Return 0: the Trainer's estimate walks over all parameters each step and counts wrong."""
+        return 0
+
+    def _run_through(self, model: nn.Module) -> Runner:
+        if self._runner is None or self._runner.model is not model:
+            self._runner = Runner(model)
+        return self._runner
+
+    def _over_processes(self, counts: Tensor) -> Tensor:
+        if self.accelerator.num_processes == 1:
+            return counts
+        return self.accelerator.gather(counts[None]).sum(0)
+
+    def _note(self, metrics: dict[str, Any], weight: Tensor) -> None:
+        """Add an objective's metrics (means over `weight` items) to those of this step."""
+        for name, value in metrics.items():
+            value = torch.as_tensor(value, device=weight.device).detach() * weight
+            self._sums[name] = self._sums.get(name, 0) + value
+        self._weight = self._weight + weight
+
+    def _check_finite(self, what: str, value: float) -> None:
+        if math.isfinite(value):
+            return
+        rate = self._get_learning_rate() if self.lr_scheduler is not None else 0.0
+        raise TrainingError(
+            f"The {what} is {value} at step {self.state.global_step + 1} "
+            f"(learning rate {rate:.3g}). The run stopped; no checkpoint was written from it.",
+            "Lower optimiser.lr, add optimiser.warmup, or set precision: fp32 (fp16 overflows "
+            "easily); then start again, or --resume from the last checkpoint.",
+        )
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the objective's metrics and the token count to a step's log line.
+
+        Raises:
+            TrainingError: If the gradient is not finite (with fp16 such steps are skipped).
+        """
+        if "loss" in logs and "learning_rate" in logs:
+            norm = logs.get("grad_norm")
+            if norm is not None and self.accelerator.scaler is None:
+                self._check_finite("gradient norm", float(norm))
+            weight = max(float(self._weight), 1.0)
+            logs |= {name: float(total) / weight for name, total in self._sums.items()}
+            logs["tokens"] = int(self.tokens_seen)
+            self._sums, self._weight = {}, 0.0
+        super().log(logs, start_time)
+
+    # Rows
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Order:
+        rows = train_dataset if train_dataset is not None else self.train_dataset
+        args = self.args
+        together = args.train_batch_size * args.world_size
+        order = Order(len(rows), together, args.seed if args.data_seed is None else args.data_seed)
+        steps = math.ceil(len(order) / (together * args.gradient_accumulation_steps))
+        order.epoch = lambda: self.state.global_step // steps
+        return order
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Order:
+        return Order(len(eval_dataset), self.args.eval_batch_size * self.args.world_size)
+
+    def evaluation_loop(
+        self,
+        dataloader: DataLoader,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Return the exact mean loss over items: no batch counts for more than its share.
+
+        Random numbers are left as they were, so that validating does not change training.
+        """
+        model, was_training = self.model, self.model.training
+        model.eval()
+        run, one = self._run_through(model), torch.ones((), device=self.args.device)
+        sums = {"loss": torch.zeros((), device=self.args.device)}
+        items = torch.zeros((), device=self.args.device)
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            for batch in dataloader:
+                prepared = prepare(self._prepare_inputs(batch))
+                own = self.objective.count(prepared)
+                if not int(own):
+                    continue
+                out = self.objective(run, prepared, one)
+                items += own
+                sums["loss"] += out.loss.float()
+                for name, value in out.metrics.items():
+                    sums[name] = sums.get(name, 0) + torch.as_tensor(value).to(own.device) * own
+        if was_training:
+            model.train()
+        return self._evaluated(sums, items, metric_key_prefix)
+
+    def _evaluated(self, sums: dict[str, Tensor], items: Tensor, prefix: str) -> EvalLoopOutput:
+        if self.accelerator.num_processes > 1:  # a process may have seen blank rows only
+            sums = {"loss": sums["loss"]}
+        names = list(sums)
+        totals = self._over_processes(torch.stack([items, *(sums[name] for name in names)]))
+        means = totals[1:] / totals[0].clamp(min=1)
+        metrics = {f"{prefix}_{name}": float(mean) for name, mean in zip(names, means)}
+        return EvalLoopOutput(None, None, metrics, num_samples=len(self.eval_dataset or ()))
+
+    # Optimiser
+
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """Return the parameters that are decayed: matrices, but never R, biases or norms."""
+        names = super().get_decay_parameter_names(model)
+        return [name for name in names if _plain_name(name) not in self.undecayed]
+
+    # Checkpoints
+
+    @property
+    def folder(self) -> Path:
+        """Folder of checkpoints."""
+        return Path(self.args.output_dir)
+
+    def _get_output_dir(self, trial: Any = None) -> str:
+        return self._saving_to or super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any = None) -> None:
+        name = f"checkpoint-{self.state.global_step}"
+        with checkpoints.staging(
+            self.folder, f"the checkpoint {name}", self.args.should_save
+        ) as to:
+            self.accelerator.wait_for_everyone()
+            self._saving_to = str(to)
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                self._saving_to = None
+            if self.args.should_save and self.objective.state_dict():
+                torch.save(self.objective.state_dict(), to / name / OBJECTIVE_FILE)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.publish(to / name, self.folder / name)
+                checkpoints.rotate(self.folder)
+        self.accelerator.wait_for_everyone()
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        file = Path(checkpoint or "") / OBJECTIVE_FILE
+        if checkpoint and file.is_file():
+            self.objective.load_state_dict(torch.load(file, weights_only=True))
+
+    def save_best(self, loss: float) -> None:
+        """Keep the current weights if their validation loss is the lowest so far."""
+        best = checkpoints.best_so_far(self.folder)
+        if best is not None and not loss < best[1]:
+            return
+        with checkpoints.staging(self.folder, "the best weights", self.args.should_save) as to:
+            self.accelerator.wait_for_everyone()
+            self.save_model(str(to / checkpoints.BEST), _internal_call=True)
+            self.accelerator.wait_for_everyone()
+            if self.args.should_save:
+                checkpoints.note_best(to / checkpoints.BEST, self.state.global_step, loss)
+                checkpoints.publish(to / checkpoints.BEST, self.folder / checkpoints.BEST)
+        self.accelerator.wait_for_everyone()
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """Train, and leave the model as a model to generate with.
+
+        Args:
+            resume_from_checkpoint: A checkpoint folder, or True for the newest complete one.
+            **kwargs: What transformers' Trainer takes.
+
+        Returns:
+            transformers' TrainOutput.
+        """
+        if resume_from_checkpoint is True:
+            last = checkpoints.last_checkpoint(self.folder)
+            resume_from_checkpoint = None if last is None else str(last)
+        if not resume_from_checkpoint and self.args.should_save:
+            shutil.rmtree(self.folder / checkpoints.BEST, ignore_errors=True)
+        try:
+            result = super().train(resume_from_checkpoint, **kwargs)
+            best = checkpoints.best_so_far(self.folder) if self.keep_best else None
+            if best is not None and best[0] != self.state.global_step:
+                log.info("keeping the weights of step %d, validation loss %.4f", *best)
+                self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
+        finally:
+            self._restore()
+        return result
+
+    def _restore(self) -> None:
+        self._runner = None
+        self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        if self._use_cache is not None:
+            self.model.config.use_cache = self._use_cache  # the Trainer switched it off
+        self.model.eval()
+
+
+class _KeepBest(TrainerCallback):
+    """Keeps the best weights when validation has been scored."""
+
+    def __init__(self, trainer: ReftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Keep the weights if they are the best so far."""
+        if self.trainer.keep_best and self.trainer.is_in_train:
+            self.trainer.save_best(metrics["eval_loss"])
+
+
+def _refuse(args: TrainingArguments) -> None:
+    if args.label_smoothing_factor:
+        raise RecipeError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}. Label smoothing is not "
+            "supported: the Trainer would call the model without labels, so that positions could "
+            "not be told from the answer.",
+            "Set it to 0.",
+        )
+    if args.remove_unused_columns:
+        raise RecipeError(
+            "remove_unused_columns is on and would drop positions and subspaces from the rows.",
+            "Set remove_unused_columns=False.",
+        )
+    if args.n_gpu > 1:
+        raise RecipeError(
+            f"One process sees {args.n_gpu} GPUs; nn.DataParallel is not supported.",
+            f"Run: accelerate launch --num_processes {args.n_gpu} -m reftune train ..., or set "
+            "CUDA_VISIBLE_DEVICES to one GPU.",
+        )
+
+
+def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
+    return getattr(parameter, "_no_decay", False) or parameter.ndim <= 1 or name.endswith("bias")
+
+
+def _plain_name(name: str) -> str:
+    for wrapper in _WRAPPERS:
+        name = name.replace(wrapper, "")
+    return name
+
+
+def _with_one_label(prepared: Prepared) -> Prepared:
+    """Give a batch of blank rows one label, so that its process takes part in the step."""
+    if prepared.labels.shape == prepared.input_ids.shape:
+        prepared.labels = prepared.labels.clone()
+        prepared.labels[0, 1] = prepared.input_ids[0, 1]
+    return prepared
