@@ -31,6 +31,7 @@ _PUBLIC = {
     "set_strength": "reftune.model.adapters",
     "prompt_scope": "reftune.model.adapters",
     "PositionRule": "reftune.model.positions",
+    "load_base": "reftune.model.build",
     "load": "reftune.model.checkpoint:load_adapter",
     "save": "reftune.model.checkpoint:save_adapter",
     "generate": "reftune.inference.generate",
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from reftune.interventions.loreft import LoreftConfig
     from reftune.interventions.red import RedConfig
     from reftune.model.adapters import attach, detach, mix, off, prompt_scope, set_strength, use
+    from reftune.model.build import load_base
     from reftune.model.checkpoint import load_adapter as load
     from reftune.model.checkpoint import save_adapter as save
     from reftune.model.face import ReftConfig, get_peft_model

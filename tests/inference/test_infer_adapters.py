@@ -144,7 +144,7 @@ def test_a_plain_model_ignores_what_only_edits_read(base, tokenizer):
 
 
 def test_unknown_adapters_are_named(model, tokenizer):
-    with pytest.raises(AdapterError, match="no adapter 'third'. Attached: default, second"):
+    with pytest.raises(AdapterError, match=r"no adapter 'third'\. Attached: default, second"):
         generate(model, tokenizer, ["a"], max_new_tokens=4, adapter_names=["third"])
     with pytest.raises(AdapterError, match="no adapter 'third'"):
         stream(model, tokenizer, "a", max_new_tokens=4, adapter_name="third")

@@ -36,8 +36,9 @@ def test_scores_equal_the_definition(tokenizer, family, batch_size):
     else:  # learned positions: padding must not shift them
         from transformers import GPT2Config, GPT2LMHeadModel
 
+        config = GPT2Config(vocab_size=64, n_positions=128, n_embd=32, n_layer=2, n_head=4)
         torch.manual_seed(0)
-        model = GPT2LMHeadModel(GPT2Config(64, 128, 32, 2, 4, bos_token_id=1, eos_token_id=2))
+        model = GPT2LMHeadModel(config)
         model.eval()
     scores = choose(model, tokenizer, PROMPTS, CHOICES, batch_size=batch_size)
     for prompt, choices, row in zip(PROMPTS, CHOICES, scores, strict=True):
@@ -47,9 +48,11 @@ def test_scores_equal_the_definition(tokenizer, family, batch_size):
 
 def test_one_list_of_choices_for_all_and_shared_passes(tokenizer):
     model, passes = tiny_llama(seed=1), []
-    handle = model.model.register_forward_pre_hook(
-        lambda module, args, kwargs: passes.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
-    )  # fmt: skip
+
+    def note(module, args, kwargs):
+        passes.append(tuple(kwargs["input_ids"].shape))
+
+    handle = model.model.register_forward_pre_hook(note, with_kwargs=True)
     shared = choose(model, tokenizer, PROMPTS, ["a1", "a2", "b"])
     handle.remove()
     rows = sum(shape[0] for shape in passes)
@@ -92,7 +95,7 @@ def test_bad_choices(tokenizer):
         choose(model, tokenizer, ["a"], [["b", ""]])
     with pytest.raises(DataError, match="1 lists of choices for 2 prompts"):
         choose(model, tokenizer, ["a", "b"], [["b", "c"]])
-    with pytest.raises(DataError, match="Prompt 0 has 601 tokens"):
-        choose(model, tokenizer, ["a" * 599], ["bcd", "e"])
+    with pytest.raises(DataError, match="Prompt 1 with its longest choice has 602 tokens"):
+        choose(model, tokenizer, ["a", "a" * 599], ["bcd", "e"])
     with pytest.raises(ModelError, match="LlamaModel cannot generate"):
         choose(model.model, tokenizer, ["a"], ["b", "c"])

@@ -177,7 +177,7 @@ def test_settings_that_make_no_sense(model, tokenizer, settings, message):
 def test_prompts_that_make_no_sense(model, tokenizer):
     with pytest.raises(DataError, match="Prompt 1 is empty"):
         generate(model, tiny_tokenizer(bos=False), ["a", ""], max_new_tokens=4)
-    with pytest.raises(DataError, match='Prompt 0 is no chat: .*Each message needs "role"'):
+    with pytest.raises(DataError, match=r'Prompt 0 is no chat: .*Each message needs "role"'):
         generate(model, tokenizer, [[{"text": "hi"}]], max_new_tokens=4)
     with pytest.raises(DataError, match="no chat template"):
         chat = [{"role": "user", "content": "hi"}]
@@ -188,7 +188,7 @@ def test_prompts_that_make_no_sense(model, tokenizer):
 
 
 def test_adapter_names_of_a_plain_model(model, tokenizer):
-    with pytest.raises(AdapterError, match="has no adapter 'x'. Attached: none"):
+    with pytest.raises(AdapterError, match=r"has no adapter 'x'\. Attached: none"):
         generate(model, tokenizer, ["a"], max_new_tokens=4, adapter_names=["x"])
     with pytest.raises(AdapterError, match="1 names for 2 prompts"):
         generate(model, tokenizer, ["a", "b"], max_new_tokens=4, adapter_names=["__base__"])
@@ -217,9 +217,11 @@ def test_progress_reaches_the_end_and_memory_shortage_halves_the_batch(
         return whole(model, tokenizer, batch, decoding)
 
     monkeypatch.setattr(module, "run", short_of_memory)
-    answers = generate(
-        model, tokenizer, PROMPTS, max_new_tokens=5, progress=lambda done, all: seen.append((done, all))
-    )  # fmt: skip
+
+    def note(done, total):
+        seen.append((done, total))
+
+    answers = generate(model, tokenizer, PROMPTS, max_new_tokens=5, progress=note)
     assert answers == expected
     assert sizes == [4, 2, 1, 1, 2, 1, 1] and seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
     assert "4 rows do not fit in memory, trying 2" in caplog.text

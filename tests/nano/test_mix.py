@@ -40,7 +40,12 @@ def test_tokenizer_has_six_special_tokens_first(tokenizer) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    ["It costs $3.50 – naïve café 日本", "a\n\tb  c", "def f(x):\n    return {'a': x}", "\x00\x7f\u200b"],
+    [
+        "It costs $3.50 – naïve café 日本",
+        "a\n\tb  c",
+        "def f(x):\n    return {'a': x}",
+        "\x00\x7f\u200b",
+    ],
 )
 def test_tokenizer_loses_nothing(tokenizer, text: str) -> None:
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]

@@ -135,7 +135,7 @@ def test_warm_up_learns_and_leaves_the_model_alone() -> None:
     item = Item("sums", "", (), "Who?", "yes yes.", "yes")
     tuned = gates.warm_up(model, tokenizer, [item] * 4, epochs=25, rate=3e-3, batch=4)
     assert gates.answers(tuned, tokenizer, [item], max_new=8) == ["yes yes."]
-    assert gates.answers(tuned, tokenizer, [item] * 2, temperature=0.01, max_new=8) == [
-        "yes yes."
-    ] * 2
+    assert (
+        gates.answers(tuned, tokenizer, [item] * 2, temperature=0.01, max_new=8) == ["yes yes."] * 2
+    )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))

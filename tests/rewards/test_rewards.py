@@ -9,7 +9,10 @@ from reftune import rewards
 from reftune.errors import RecipeError
 from reftune.rewards import choice, exact, numeric
 
-MODULES = ("reftune.rewards", *(f"reftune.rewards.{m}" for m in "base numeric choice exact".split()))
+MODULES = (
+    "reftune.rewards",
+    *(f"reftune.rewards.{m}" for m in ("base", "numeric", "choice", "exact")),
+)
 
 
 @pytest.mark.quick

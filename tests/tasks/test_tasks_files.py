@@ -4,7 +4,7 @@ import gzip
 import json
 
 import pytest
-from conftest import write_rows
+from task_lookalikes import write_rows
 
 from reftune.errors import DataError
 from reftune.tasks.files import LINE, read_rows, value
@@ -40,7 +40,8 @@ def test_csv_with_quotes_and_line_breaks(tmp_path):
 
 
 def test_parquet(tmp_path):
-    pyarrow = pytest.importorskip("pyarrow")
+    pytest.importorskip("pyarrow")
+    import pyarrow
     import pyarrow.parquet
 
     path = tmp_path / "r.parquet"

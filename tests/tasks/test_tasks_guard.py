@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import make, write_rows
+from task_lookalikes import make, write_rows
 
 from reftune.errors import DataError
 from reftune.tasks.base import Example

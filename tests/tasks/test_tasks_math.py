@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import gold_accuracy, make, write_rows
+from task_lookalikes import gold_accuracy, make, write_rows
 
 from reftune.errors import DataError, RecipeError
 from reftune.tasks.problems import from_equation, to_problem
@@ -56,9 +56,7 @@ def test_gsm8k_in_the_form_of_the_representation_paper(tmp_path):
         "step by step and then answer the final number.\n"
     )
     # The published code replaces "####" in "#### 1,001"; the space that follows it stays.
-    assert train[0].target == (
-        "She has 1+1000 = <<1+1000=1001>>1001.\nThe final answer is:  1,001"
-    )
+    assert train[0].target == ("She has 1+1000 = <<1+1000=1001>>1001.\nThe final answer is:  1,001")
     assert train[0].answer == "1001"
     assert task.max_new_tokens == 256
     assert gold_accuracy(task, train) == 1.0

@@ -215,7 +215,11 @@ def progress(title: str, show: bool = True) -> Iterator[Callable[[int, int], Non
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
     bar = Progress(
-        "{task.description}", BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=err()
+        "{task.description}",
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=err(),
     )
     with bar:
         task = bar.add_task(title, total=None)
@@ -237,7 +241,9 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[Any]:
     if file:
         found += _prompt_file(Path(file))
     if not found:
-        raise RecipeError("There is no prompt.", 'Write it in quotes, give --file, or "-" for stdin.')
+        raise RecipeError(
+            "There is no prompt.", 'Write it in quotes, give --file, or "-" for stdin.'
+        )
     return found
 
 

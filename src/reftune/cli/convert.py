@@ -2,39 +2,45 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from reftune.cli.common import JsonFlag, out, print_json
+from reftune.errors import RecipeError
 
 
 def convert(
     pyreft_folder: Annotated[str, typer.Argument(help="Folder saved by pyreft.")],
     out_folder: Annotated[str, typer.Argument(metavar="OUT", help="New adapter folder.")],
-    model: Annotated[str, typer.Option(help="Base model the adapter belongs to.")],
+    model: Annotated[str, typer.Option("--model", "-m", help="Base model of the adapter.")],
     positions: Annotated[
-        str | None, typer.Option(help="Position rule it was trained with, such as f7+l7.")
-    ] = None,
+        str, typer.Option("--positions", "-p", help="Positions it was trained with, as f7+l7.")
+    ],
     json_: JsonFlag = False,
 ) -> None:
-    """Convert a LoReFT adapter saved by pyreft, and check that outputs agree.
+    """Convert an adapter saved by pyreft, and check that both compute the same.
 
     Example:
 
-        reftune convert pyreft_out/ adapters/mine --model Qwen/Qwen3-0.6B --positions f7+l7
+        reftune convert pyreft_out adapters/mine --model Qwen/Qwen3-0.6B --positions f7+l7
 
-    pyreft does not save the positions; they are part of an adapter here, so name them. What cannot
+    pyreft does not save the positions; here they are part of the adapter, so name them. What cannot
     be converted is refused by name, and nothing is written then.
     """
+    from reftune.model.positions import PositionRule
+
+    PositionRule.parse(positions)
+    if Path(out_folder).exists():
+        raise RecipeError(f"{out_folder} exists already.", "Choose another folder.")
     from reftune.model.convert import convert_pyreft
 
-    more = {} if positions is None else {"positions": positions}
-    made = convert_pyreft(pyreft_folder, out_folder, model, **more)
+    facts = convert_pyreft(pyreft_folder, out_folder, model, positions)
     if json_:
-        print_json({"folder": str(out_folder), "result": made})
+        print_json({"folder": out_folder, **facts})
         return
-    out().print(f"Converted to {out_folder}.", markup=False)
-    if isinstance(made, dict):
-        for key, value in made.items():
-            out().print(f"  {key}: {value}", markup=False)
+    out().print(f"{out_folder}: {facts['method']}, rank {facts['rank']}, ", end="", markup=False)
+    out().print(f"{len(facts['layers'])} layers, positions {facts['positions']}.", markup=False)
+    gap = facts["largest_difference"]
+    out().print(f"Largest relative difference to the checkpoint: {gap:.1e}.", markup=False)

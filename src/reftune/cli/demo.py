@@ -118,7 +118,15 @@ def table(report: Report, rival: Report) -> Table:
         show_share,
     )
 
-    columns = ["method", "last number right", "and in #### form", "trained", "share", "adapter", "training"]
+    columns = [
+        "method",
+        "last number right",
+        "and in #### form",
+        "trained",
+        "share",
+        "adapter",
+        "training",
+    ]
     result = Table(columns, best=[None, "high", "high", None, None, None, None], title="Demo")
 
     def scores(run: Report, prefix: str) -> Sequence[Cell]:

@@ -20,6 +20,7 @@ from reftune import __version__
 from reftune.cli import (
     chat,
     convert,
+    demo,
     doctor,
     eval,
     generate,
@@ -46,7 +47,9 @@ class Group(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt:
-            raise Interrupted("Interrupted.", "Nothing under a final name is half-written.") from None
+            raise Interrupted(
+                "Interrupted.", "Nothing under a final name is half-written."
+            ) from None
 
 
 app = typer.Typer(
@@ -59,6 +62,7 @@ app = typer.Typer(
 )
 
 for name, verb in {
+    "demo": demo.demo,
     "train": train.train,
     "eval": eval.evaluate,
     "generate": generate.generate,
@@ -93,13 +97,16 @@ def start(
 
     A first round, without any download:
 
-        reftune recipes                     # what there is to start from
-        reftune inspect RECIPE              # which tokens are edited, which are learned
-        reftune train RECIPE                # train, evaluate, save
-        reftune chat runs/NAME              # talk to the result
+        reftune demo              # watch an adapter learn, in minutes
+        reftune recipes           # what there is to start from
+        reftune inspect RECIPE    # which tokens are edited, which are learned
+        reftune train RECIPE      # train, evaluate, save
+        reftune chat runs/NAME    # talk to the result
 
     `reftune VERB --help` explains each verb with examples.
     """
+    if quiet and not debug:
+        _set_up_logging(False, True)
     if context.invoked_subcommand is None:
         print(context.get_help())
         raise typer.Exit
@@ -178,7 +185,9 @@ def translate(error: BaseException) -> ReftuneError:
             "Use a smaller micro_batch_size or max_len, or gradient_checkpointing: true.",
         )
     if isinstance(error, OSError):
-        return ReftuneError(f"{type(error).__name__}: {error}.", "Check the path and its permissions.")
+        return ReftuneError(
+            f"{type(error).__name__}: {error}.", "Check the path and its permissions."
+        )
     what = f"Unexpected {type(error).__name__}: {text[0]}"
     return ReftuneError(what, "Run again with --debug to see where; please report it.")
 
@@ -201,8 +210,9 @@ def _usage(error: Any) -> ReftuneError:
 
     context = getattr(error, "ctx", None)
     path = getattr(context, "command_path", "reftune")
-    message = error.format_message().strip().rstrip(".")
-    return RecipeError(f"{message}.", f"`{path} --help` shows how.")
+    message = error.format_message().strip()
+    message = message if message.endswith((".", "?", "!")) else f"{message}."
+    return RecipeError(message, f"`{path} --help` shows how.")
 
 
 def _print_error(text: str) -> None:
@@ -220,9 +230,10 @@ def _set_up_logging(debug: bool, quiet: bool) -> None:
     from reftune.cli.common import is_main_process
 
     handler = logging.StreamHandler()
+    handler.name = "reftune"
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
     root = logging.getLogger()
-    root.handlers[:] = [handler]
+    root.handlers[:] = [other for other in root.handlers if other.name != "reftune"] + [handler]
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
     talk = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.getLogger("reftune").setLevel(talk if is_main_process() else logging.ERROR)

@@ -11,9 +11,9 @@ from reftune.cli.common import JsonFlag, out, print_json
 
 def methods(
     tasks: Annotated[bool, typer.Option("--tasks", help="List tasks instead.")] = False,
-    all_: Annotated[
-        bool, typer.Option("--all", help="Also systems that are not available yet.")
-    ] = True,
+    available: Annotated[
+        bool, typer.Option("--available", help="Leave out systems this version has not.")
+    ] = False,
     json_: JsonFlag = False,
 ) -> None:
     """List the methods: what a recipe may name as `method:` and `objective:`.
@@ -32,7 +32,7 @@ def methods(
         return
     from reftune.methods import catalogue
 
-    found = [method for method in catalogue() if all_ or method.status == "available"]
+    found = [method for method in catalogue() if method.status == "available" or not available]
     if json_:
         print_json([method.to_dict() for method in found])
         return

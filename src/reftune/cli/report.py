@@ -47,7 +47,9 @@ def report(
         rows = collect(runs)
     written = _draw(plot, curves, runs, reports)
     if json_:
-        shown = rows if seeds else [{"folder": run, **r.model_dump()} for run, r in zip(runs, reports)]
+        shown = (
+            rows if seeds else [{"folder": run, **r.model_dump()} for run, r in zip(runs, reports)]
+        )
         print_json({"rows" if seeds else "runs": shown, "plots": written})
         return
     table = result_table(rows) if seeds else report_table(reports)

@@ -46,9 +46,9 @@ def train(
     Examples:
 
         reftune train my.yaml
-        reftune train my.yaml --set adapter.rank=8 --set optimiser.lr=9e-4 --name rank8
-        reftune train my.yaml --dry-run          # all faults at once, nothing is loaded
-        reftune train my.yaml --resume           # after Ctrl-C, a crash or kill -9
+        reftune train my.yaml --set adapter.rank=8 --name rank8
+        reftune train my.yaml --dry-run    # all faults at once, nothing is loaded
+        reftune train my.yaml --resume     # after Ctrl-C, a crash or kill -9
 
     The folder `runs/NAME` then holds the adapter, `report.md`, `predictions.jsonl` and
     `metrics.jsonl`. Several processes: `accelerate launch -m reftune.cli.main train my.yaml`.

@@ -7,6 +7,7 @@ fault names its line (or its `--set`), the value and the remedy.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import fields, is_dataclass
@@ -15,12 +16,16 @@ from typing import Any
 
 import yaml
 
+from reftune.config import options as registries
 from reftune.config.checks import check_recipe
 from reftune.config.nodes import Faults, Node, from_plain, override, parse
 from reftune.config.reading import read_recipe
-from reftune.config.recipe import Recipe
+from reftune.config.recipe import AdapterSpec, Recipe
 from reftune.config.shorthand import canonical, known_keys, route
+from reftune.config.types import field_types
 from reftune.errors import RecipeError
+
+log = logging.getLogger(__name__)
 
 
 def load(path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Recipe:
@@ -95,13 +100,35 @@ def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
 
 def _finish(root: Node, overrides: Sequence[str], source: str, faults: Faults) -> Recipe:
     root = canonical(root, faults)
+    if not root.value:  # no mapping at all: nothing further can be said
+        faults.check(source)
     for text in overrides:
         override(root, text, faults, route, known_keys)
         root = canonical(root, faults)
+        if "method" in text.partition("=")[0]:
+            _drop_foreign_options(root)
     recipe, reader = read_recipe(root, faults)
     check_recipe(recipe, reader)
     faults.check(source)
     return recipe
+
+
+def _drop_foreign_options(root: Node) -> None:
+    """Leave out options of the recipe that a method chosen by an override does not have.
+
+    Without this `adapter.method=red` could not be tried on a recipe that sets `rank`. Options that
+    came by an override themselves stay, and are refused if they do not fit.
+    """
+    for stage in root.value["stages"].value if isinstance(root.value["stages"].value, list) else []:
+        adapter = stage.value.get("adapter") if isinstance(stage.value, dict) else None
+        entries = adapter.value if adapter is not None else None
+        method = entries.get("method") if isinstance(entries, dict) else None
+        if method is None or not method.origin or method.value not in registries.method_names():
+            continue
+        known = {*field_types(AdapterSpec), *field_types(registries.method_config(method.value))}
+        for name in [name for name in entries if name not in known and not entries[name].origin]:
+            log.info("%s of the recipe does not apply to %s: left out", name, method.value)
+            del entries[name]
 
 
 def to_dict(recipe: Recipe) -> dict[str, Any]:

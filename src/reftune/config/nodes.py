@@ -221,13 +221,28 @@ def override(
     if not sign or not path:
         faults.add(Node(None, origin=origin), "", "is no KEY=VALUE. Write for instance epochs=3.")
         return
-    value = parse(value_text, f"the value of --set {path_text}", faults)
-    value = from_plain(value.plain() if value_text.strip() else None, origin)
+    value = from_plain(_override_value(value_text), origin)
     try:
         path = route(path, root)
         _assign(root, path, value, known)
     except LookupError as error:
         faults.add(Node(None, origin=origin), "", str(error.args[0]))
+
+
+def _override_value(text: str) -> Any:
+    """Read the value of an override: YAML, or the text itself where that is no YAML.
+
+    Templates such as `{question}` or `Question: {question}` need no quotes on the command line: a
+    mapping is meant only by `{key: value}`.
+    """
+    try:
+        value = parse(text, "", Faults()).plain() if text.strip() else None
+    except RecipeError:
+        return text.strip()
+    if not isinstance(value, dict) or not value:
+        return value
+    is_flow = text.strip().startswith("{") and any(item is not None for item in value.values())
+    return value if is_flow else text.strip()
 
 
 def _assign(

@@ -151,6 +151,8 @@ def _hint(value: Any, kind: Any) -> str:
         return hint(value, choices, listed=False)
     if "text" in describe(kind) and isinstance(value, int | float | bool):
         return f' Put it in quotes: "{value}".'
+    if isinstance(value, dict) and "text" in describe(kind):
+        return " Put a template in quotes."
     if isinstance(value, str) and "number" in describe(kind) and _is_number(value):
         return f" Remove the quotes: {value}."
     return ""

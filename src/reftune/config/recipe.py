@@ -115,11 +115,13 @@ class StageSpec:
     """One stage: train one adapter with one objective."""
 
     adapter: AdapterSpec = field(default_factory=AdapterSpec)
+    """What is trained. `adapter: red` is short for `adapter: {method: red}`."""
     objective: str = "sft"
     """A registered objective."""
     objective_options: dict[str, Any] = field(default_factory=dict)
     """Options of the objective."""
     optimiser: OptimiserSpec = field(default_factory=OptimiserSpec)
+    """AdamW and its schedule."""
     epochs: float = 3.0
     """Passes over the training rows."""
     max_steps: int | None = None
@@ -167,9 +169,13 @@ class Recipe:
     """A whole run."""
 
     model: ModelSpec = field(default_factory=ModelSpec)
+    """The frozen base model, or just its name."""
     task: TaskSpec = field(default_factory=TaskSpec)
+    """Data and scoring, or just the name of a task."""
     stages: list[StageSpec] = field(default_factory=lambda: [StageSpec()])
+    """One or more stages. A single stage may stand at the top level instead."""
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
+    """How answers are produced and scored after training."""
     name: str = "run"
     """Name of the run; its folder is `<output>/<name>`."""
     output: str = "runs"

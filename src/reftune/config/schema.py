@@ -37,20 +37,19 @@ def schema() -> dict[str, Any]:
     top["track"] = {"anyOf": [top["track"], {"type": "string"}]} | _described(top["track"])
     top["model"] = _short(_object(_properties(ModelSpec)), {"type": "string"}, Recipe, "model")
     top["task"] = _task()
-    top["evaluation"] = _object(_properties(EvaluationSpec))
+    top["evaluation"] = _object(_properties(EvaluationSpec)) | _doc(Recipe, "evaluation")
     top["stages"] = {
         "type": "array",
         "minItems": 1,
         "items": _object(stage),
-        "description": "One or more stages. A single stage may stand at the top level instead.",
-    }
+    } | _doc(Recipe, "stages")
     return {"$schema": DRAFT, "title": "reftune recipe", **_object({**top, **stage})}
 
 
 def _stage() -> dict[str, Any]:
     stage = _properties(StageSpec, skip=("adapter", "objective", "optimiser"))
     stage["adapter"] = _adapter()
-    stage["optimiser"] = _object(_properties(OptimiserSpec))
+    stage["optimiser"] = _object(_properties(OptimiserSpec)) | _doc(StageSpec, "optimiser")
     names = registries.objective_names()
     objective = _with_options("name", names, registries.objective_config, {})
     stage["objective"] = _short(objective, {"enum": names}, StageSpec, "objective")
@@ -101,9 +100,12 @@ def _object(properties: dict[str, Any]) -> dict[str, Any]:
 
 def _short(full: dict[str, Any], short: dict[str, Any], cls: type, name: str) -> dict[str, Any]:
     """Allow a bare name instead of the mapping."""
-    found = {"anyOf": [short, full]}
+    return {"anyOf": [short, full]} | _doc(cls, name)
+
+
+def _doc(cls: type, name: str) -> dict[str, Any]:
     doc = field_docs(cls).get(name)
-    return {**found, "description": doc} if doc else found
+    return {"description": " ".join(doc.split())} if doc else {}
 
 
 def _described(value: dict[str, Any]) -> dict[str, Any]:

@@ -12,6 +12,8 @@ from reftune.errors import RecipeError
 PACKAGE = Path(__file__).resolve().parent.parent
 PLACES = (PACKAGE / "_recipes", PACKAGE.parent.parent / "recipes")
 """Inside an installed package, and beside `src` in a clone."""
+GRIDS = "grids"
+"""Folder of grid files, which are no recipes."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +26,7 @@ class Shipped:
     title: str
     """First line of the header."""
     measured: str
-    """What the header says after `measured:`."""
+    """What the header says after `measured:`, or that it was not run here."""
 
 
 def folder() -> Path | None:
@@ -37,7 +39,8 @@ def shipped() -> list[Shipped]:
     root = folder()
     if root is None:
         return []
-    return [_describe(path, root) for path in sorted(root.rglob("*.yaml"))]
+    files = [path for path in sorted(root.rglob("*.yaml")) if GRIDS not in path.parts]
+    return [_describe(path, root) for path in files]
 
 
 def find(name: str) -> Path:
@@ -48,7 +51,7 @@ def find(name: str) -> Path:
     """
     path = Path(name)
     if path.exists() or path.suffix in (".yaml", ".yml"):
-        shipped_path = (folder() or path) / name
+        shipped_path = (folder() or path) / name.removeprefix("recipes/")
         return path if path.exists() or not shipped_path.is_file() else shipped_path
     known = {item.name: item.path for item in shipped()}
     short = {item.path.stem: item.path for item in shipped()}
@@ -61,7 +64,8 @@ def find(name: str) -> Path:
 
 def _describe(path: Path, root: Path) -> Shipped:
     header = _header(path.read_text(encoding="utf-8"))
-    measured = [line for line in header if line.lower().startswith("measured:")]
+    marks = ("measured:", "not run here")
+    measured = [line for line in header if line.lower().startswith(marks)]
     rest = header[header.index(measured[0]) :] if measured else []
     return Shipped(
         name=path.relative_to(root).with_suffix("").as_posix(),
@@ -85,7 +89,7 @@ def _value(lines: list[str]) -> str:
     """Join a header entry with the lines that carry it on, up to the next `word:`."""
     if not lines:
         return ""
-    kept = [lines[0].partition(":")[2].strip()]
+    kept = [lines[0].removeprefix("measured:").strip()]
     for line in lines[1:]:
         if re.match(r"\w+:", line):
             break

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import DataError, RecipeError
@@ -14,24 +13,39 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from reftune.inference.prompts import Prompt
+    from reftune.inference.prompts import Prompt, Row
 
 
-@dataclass
-class _Context:
-    """One row of a forward pass, shared by all answers that differ in their last token only.
+@dataclass(frozen=True)
+class Ask:
+    """An answer to score after a prompt.
 
     Attributes:
-        prompt: Token ids of the prompt.
-        head: Token ids of the answers without the last one.
-        asks: Prompt index, choice index and last token of each answer.
-        extra: Adapter, subject and subspace of the row.
+        prompt: Token ids of the prompt, at least one.
+        answer: Token ids of the answer, at least one.
+        adapter: Adapter of the row, or None for the active ones.
+        subject: Place of the subject's last token in the prompt, or None.
+        subspace: Dimensions of the edit that act, or None for all.
     """
 
-    prompt: list[int]
-    head: list[int]
-    asks: list[tuple[int, int, int]] = field(default_factory=list)
-    extra: tuple[Any, Any, Any] = (None, None, None)
+    prompt: tuple[int, ...]
+    answer: tuple[int, ...]
+    adapter: str | None = None
+    subject: int | None = None
+    subspace: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Score:
+    """How likely an answer is.
+
+    Attributes:
+        logprob: Summed log-probability of its tokens, in nats.
+        greedy: Whether every token is the most likely one.
+    """
+
+    logprob: float
+    greedy: bool
 
 
 def choose(
@@ -80,20 +94,65 @@ def choose(
     rows_of.check_lengths(len(prompts), subjects=subjects, subspaces=subspaces)
     seq2seq = rows_of.is_seq2seq(model)
     rows = rows_of.encode_prompts(tokenizer, prompts, seq2seq, subjects)
-    contexts = _contexts(tokenizer, rows, lists, names, subspaces)
-    lengths = [len(c.prompt) + (0 if seq2seq else len(c.head)) for c in contexts]
-    rows_of.check_context(model, lengths, reserve=0)
-    scores = [[0.0] * len(found) for found in lists]
-    forward = _forward_seq2seq if seq2seq else _forward_causal
-    order = sorted(range(len(contexts)), key=lengths.__getitem__, reverse=True)
+    asks = _asks(tokenizer, rows, lists, names, subspaces)
+    _check_lengths(model, asks, list(map(len, lists)), seq2seq)
+    scores = iter(score(model, tokenizer, asks, batch_size=batch_size, progress=progress))
+    return [[next(scores).logprob for _ in found] for found in lists]
+
+
+def score(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    asks: Sequence[Ask],
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[Score]:
+    """Score answers given in tokens; what `choose` and the lm-evaluation-harness model stand on.
+
+    Answers that differ in their last token only share one row. A batch that does not fit on the
+    GPU is halved and tried again.
+
+    Args:
+        model: A causal or encoder-decoder model, with or without adapters.
+        tokenizer: Its tokenizer.
+        asks: Prompts and answers.
+        batch_size: Rows a forward pass.
+        progress: Called with (rows done, rows in all).
+    """
+    import torch
+
+    from reftune.inference import prompts as rows_of
+
+    rows: dict[Ask, list[int]] = {}  # what is run, and which asks it answers
+    for index, ask in enumerate(asks):
+        rows.setdefault(replace(ask, answer=ask.answer[:-1]), []).append(index)
+    order = sorted(rows, key=lambda row: -len(row.prompt) - len(row.answer))
+    waiting = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][::-1]
+    scores: list[Score | None] = [None] * len(asks)
+    done = 0
+    forward = _forward_seq2seq if rows_of.is_seq2seq(model) else _forward_causal
     with rows_of.evaluating(model):
-        for start in range(0, len(order), batch_size):
-            batch = [contexts[i] for i in order[start : start + batch_size]]
-            for context, logits in zip(batch, forward(model, tokenizer, batch), strict=True):
-                _add_scores(scores, context, logits)
+        while waiting:
+            batch = waiting.pop()
+            try:
+                outcome = forward(model, tokenizer, batch)
+            except torch.OutOfMemoryError:
+                if len(batch) == 1:
+                    raise
+                outcome = None
+            if outcome is None:  # outside the handler, which still holds the failed tensors
+                torch.cuda.empty_cache()
+                half = (len(batch) + 1) // 2
+                waiting += [batch[half:], batch[:half]]
+                continue
+            for row, logits in zip(batch, outcome, strict=True):
+                for index, found in zip(rows[row], _scores(row, logits, rows[row], asks)):
+                    scores[index] = found
+            done += len(batch)
             if progress is not None:
-                progress(min(start + batch_size, len(order)), len(order))
-    return scores
+                progress(done, len(order))
+    return [found for found in scores if found is not None]
 
 
 def _choice_lists(
@@ -110,56 +169,61 @@ def _choice_lists(
     return [list(found) for found in choices]
 
 
-def _contexts(
+def _asks(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Any],
+    rows: Sequence[Row],
     lists: Sequence[Sequence[str]],
     names: Sequence[str] | None,
     subspaces: Sequence[Sequence[int] | None] | None,
-) -> list[_Context]:
-    """Return the distinct rows to run, each with the answers it can score."""
-    contexts: list[_Context] = []
-    known: dict[str, list[int]] = {}
+) -> list[Ask]:
+    """Return one ask a choice, prompt by prompt."""
+    asks: list[Ask] = []
+    known: dict[str, tuple[int, ...]] = {}
     for index, (row, found) in enumerate(zip(rows, lists, strict=True)):
         dims = subspaces[index] if subspaces else None
-        extra = (
-            names[index] if names else None,
-            row.subject,
-            None if dims is None else tuple(dims),
-        )
-        mine: dict[tuple[int, ...], _Context] = {}
+        subspace = None if dims is None else tuple(dims)
+        adapter = names[index] if names else None
         for place, text in enumerate(found):
             if text not in known:
-                known[text] = list(tokenizer(text, add_special_tokens=False)["input_ids"])
-            ids = known[text]
-            if not ids:
+                known[text] = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+            if not known[text]:
                 raise DataError(
                     f"Choice {place} of prompt {index} is empty.", "Every choice needs a token."
                 )
-            head = tuple(ids[:-1])
-            if head not in mine:
-                mine[head] = _Context(row.ids, ids[:-1], extra=extra)
-                contexts.append(mine[head])
-            mine[head].asks.append((index, place, ids[-1]))
-    return contexts
+            asks.append(Ask(tuple(row.ids), known[text], adapter, row.subject, subspace))
+    return asks
 
 
-def _add_scores(scores: list[list[float]], context: _Context, logits: torch.Tensor) -> None:
-    """Add up the log-probabilities of a row's answers from its logits `[len(head) + 1, V]`."""
+def _check_lengths(
+    model: nn.Module, asks: Sequence[Ask], counts: Sequence[int], seq2seq: bool
+) -> None:
+    """Check that each prompt fits into the context with its longest choice (less a token)."""
+    from reftune.inference.prompts import check_context
+
+    lengths = iter(len(a.prompt) + (0 if seq2seq else len(a.answer) - 1) for a in asks)
+    longest = [max((next(lengths) for _ in range(count)), default=0) for count in counts]
+    check_context(model, longest, 0, "Prompt {index} with its longest choice")
+
+
+def _scores(
+    row: Ask, logits: torch.Tensor, indices: Sequence[int], asks: Sequence[Ask]
+) -> list[Score]:
+    """Return the scores of a row's answers from its logits `[len(row.answer) + 1, V]`."""
     import torch
 
-    if not context.head:
-        shared = 0.0
-    else:
-        tokens = torch.tensor(context.head, device=logits.device)[:, None]
-        shared = float(logits[:-1].log_softmax(-1).gather(1, tokens).sum())
+    shared, agrees = 0.0, True
+    if row.answer:
+        tokens = torch.tensor(row.answer, device=logits.device)
+        shared = float(logits[:-1].log_softmax(-1).gather(1, tokens[:, None]).sum())
+        agrees = bool((logits[:-1].argmax(-1) == tokens).all())
     last = logits[-1].log_softmax(-1)
-    for index, place, token in context.asks:
-        scores[index][place] = shared + float(last[token])
+    best = int(last.argmax())
+    ends = [asks[index].answer[-1] for index in indices]
+    return [Score(shared + float(last[end]), agrees and end == best) for end in ends]
 
 
 def _forward_causal(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[_Context]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Ask]
 ) -> list[torch.Tensor]:
     """Return fp32 logits `[len(head) + 1, V]` of each row: those that predict its answers."""
     import torch
@@ -168,10 +232,10 @@ def _forward_causal(
     from reftune.model import prompt_scope
 
     device = rows_of.device_of(model)
-    rows = [[*context.prompt, *context.head] for context in batch]
+    rows = [[*row.prompt, *row.answer] for row in batch]
     padded = rows_of.pad(rows, rows_of.pad_id(tokenizer), device)
     place = (padded.attention_mask.cumsum(-1) - 1).clamp_(min=0)
-    keep = max(len(context.head) for context in batch) + 1
+    keep = max(len(row.answer) for row in batch) + 1
     inputs: dict[str, Any] = {
         "input_ids": padded.input_ids,
         "attention_mask": padded.attention_mask,
@@ -182,14 +246,14 @@ def _forward_causal(
         inputs["position_ids"] = place
     if rows_of.accepts(model, "logits_to_keep"):
         inputs["logits_to_keep"] = keep
-    lens = torch.tensor([len(context.prompt) for context in batch], device=device)
+    lens = torch.tensor([len(row.prompt) for row in batch], device=device)
     logits = _call(model, batch, inputs, lambda extra: prompt_scope(model, lens, **extra))
     logits = logits[:, -keep:]
-    return [row[keep - len(c.head) - 1 :].float() for row, c in zip(logits, batch, strict=True)]
+    return [x[keep - len(row.answer) - 1 :].float() for x, row in zip(logits, batch, strict=True)]
 
 
 def _forward_seq2seq(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[_Context]
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Ask]
 ) -> list[torch.Tensor]:
     """Return fp32 decoder logits `[len(head) + 1, V]` of each row."""
     import torch
@@ -198,9 +262,9 @@ def _forward_seq2seq(
     from reftune.model import prompt_scope
 
     device, pad_id = rows_of.device_of(model), rows_of.pad_id(tokenizer)
-    padded = rows_of.pad([c.prompt for c in batch], pad_id, device, side="right")
+    padded = rows_of.pad([row.prompt for row in batch], pad_id, device, side="right")
     start = model.config.decoder_start_token_id
-    starts = [[pad_id if start is None else start, *c.head] for c in batch]
+    starts = [[pad_id if start is None else start, *row.answer] for row in batch]
     decoder = rows_of.pad(starts, pad_id, device, side="right")
     inputs = {
         "input_ids": padded.input_ids,
@@ -208,24 +272,23 @@ def _forward_seq2seq(
         "decoder_input_ids": decoder.input_ids,
         "use_cache": False,
     }
-    lens = torch.tensor([len(context.prompt) for context in batch], device=device)
+    lens = torch.tensor([len(row.prompt) for row in batch], device=device)
     logits = _call(model, batch, inputs, lambda extra: prompt_scope(model, lens, **extra))
-    return [row[: len(c.head) + 1].float() for row, c in zip(logits, batch, strict=True)]
+    return [x[: len(row.answer) + 1].float() for x, row in zip(logits, batch, strict=True)]
 
 
 def _call(
     model: nn.Module,
-    batch: list[_Context],
+    batch: list[Ask],
     inputs: dict[str, Any],
     scope: Callable[[dict[str, Any]], Any],
 ) -> torch.Tensor:
     """Run one forward pass with each row's adapter, subject and subspace; return the logits."""
     from reftune.inference import prompts as rows_of
 
-    columns = defaultdict(list)
-    for context in batch:
-        for name, value in zip(("names", "subjects", "subspaces"), context.extra, strict=True):
-            columns[name].append(value)
-    extra = rows_of.row_edits(model, columns["subjects"], columns["subspaces"])
-    with rows_of.row_adapters(model, columns["names"]) as adapters, scope(extra):
+    extra = rows_of.row_edits(
+        model, [row.subject for row in batch], [row.subspace for row in batch]
+    )
+    adapters_of = rows_of.row_adapters(model, [row.adapter for row in batch])
+    with adapters_of as adapters, scope(extra):
         return model(**inputs, **adapters).logits

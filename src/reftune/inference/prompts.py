@@ -130,13 +130,16 @@ def check_lengths(num_prompts: int, **columns: Sequence[Any] | None) -> None:
             )
 
 
-def check_context(model: nn.Module, lengths: Sequence[int], reserve: int = 1) -> int | None:
+def check_context(
+    model: nn.Module, lengths: Sequence[int], reserve: int = 1, what: str = "Prompt {index}"
+) -> int | None:
     """Return the length of the model's context after checking that every row fits.
 
     Args:
         model: The model.
         lengths: Tokens of each prompt.
         reserve: Tokens that must still fit behind a prompt.
+        what: How a message calls row `{index}`.
 
     Raises:
         DataError: If a prompt leaves no room for `reserve` tokens.
@@ -146,9 +149,10 @@ def check_context(model: nn.Module, lengths: Sequence[int], reserve: int = 1) ->
         return None
     index = max(range(len(lengths)), key=lengths.__getitem__, default=None)
     if index is not None and lengths[index] + reserve > limit:
+        more = f" and the answer needs at least {reserve}" if reserve else ""
         raise DataError(
-            f"Prompt {index} has {lengths[index]} tokens; the model's context is {limit} tokens "
-            f"and the answer needs at least {reserve}.",
+            f"{what.format(index=index)} has {lengths[index]} tokens; the model's context is "
+            f"{limit} tokens{more}.",
             "Shorten the prompt, or use a model with a longer context.",
         )
     return limit

@@ -168,6 +168,7 @@ def orthonormal_rows(free: Tensor) -> Tensor:
     With freeᵀ = Q T, T upper triangular: R = (Q sign(diag T))ᵀ, so that R Rᵀ = I and matrices
     whose rows are orthonormal already are returned unchanged. Differentiable for full rank, r <= d.
     """
+    free = free.to(torch.promote_types(free.dtype, torch.float32))  # QR knows no half precision
     q, t = torch.linalg.qr(free.T)
     sign = torch.where(t.diagonal() < 0, -1.0, 1.0).to(q.dtype)
     return (q * sign).T
@@ -201,14 +202,25 @@ class Orthonormal:
             return orthonormal_rows(free)
         key = (free._version, free.data_ptr(), free.device, free.dtype)
         if self._rotation_cache is None or self._rotation_cache[0] != key:
-            with torch.no_grad():
+            # What inference mode makes could not be used in a training step afterwards.
+            with torch.inference_mode(False), torch.no_grad():
                 self._rotation_cache = (key, orthonormal_rows(free))
         return self._rotation_cache[1]
+
+    def train(self, mode: bool = True) -> Any:
+        """Switch mode and forget the cached R: writes through `.data` leave no trace."""
+        self._rotation_cache = None
+        self.reft_rotation._no_decay = True  # lost where loading put another tensor in its place
+        return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
         state["_rotation_cache"] = None
         return state
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.reft_rotation._no_decay = True  # copies of a parameter lose its attributes
 
 
 def masked(low: Tensor, select: Tensor | None) -> Tensor:

@@ -46,7 +46,7 @@ class Direft(Intervention):
     def __init__(self, config: DireftConfig, dim: int) -> None:
         super().__init__(config, dim)
         self.reft_weight = linear_parameter(config.rank, dim)
-        self.reft_bias = nn.Parameter(torch.zeros(config.rank))
+        self.reft_bias = nn.Parameter(torch.zeros(config.rank, dtype=torch.float32))
         self.reft_projection = linear_parameter(config.rank, dim)
 
     @torch.no_grad()

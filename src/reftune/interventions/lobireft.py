@@ -24,7 +24,7 @@ class Lobireft(Orthonormal, Intervention):
     def __init__(self, config: LowRankConfig, dim: int) -> None:
         super().__init__(config, dim)
         self._make_rotation(config.rank, dim)
-        self.reft_bias = nn.Parameter(torch.zeros(config.rank))
+        self.reft_bias = nn.Parameter(torch.zeros(config.rank, dtype=torch.float32))
 
     @torch.no_grad()
     def reset(self) -> None:

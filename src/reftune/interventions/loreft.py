@@ -47,7 +47,7 @@ class Loreft(Orthonormal, Intervention):
         super().__init__(config, dim)
         self._make_rotation(config.rank, dim)
         self.reft_weight = linear_parameter(config.rank, dim)
-        self.reft_bias = nn.Parameter(torch.zeros(config.rank))
+        self.reft_bias = nn.Parameter(torch.zeros(config.rank, dtype=torch.float32))
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -34,8 +34,8 @@ class Red(Intervention):
     def __init__(self, config: RedConfig, dim: int) -> None:
         super().__init__(config, dim)
         if config.train_scale:
-            self.reft_scale = nn.Parameter(torch.ones(dim))
-        self.reft_bias = nn.Parameter(torch.zeros(dim))
+            self.reft_scale = nn.Parameter(torch.ones(dim, dtype=torch.float32))
+        self.reft_bias = nn.Parameter(torch.zeros(dim, dtype=torch.float32))
 
     @torch.no_grad()
     def reset(self) -> None:

@@ -8,19 +8,20 @@ scope that knows the prompt, training reads the labels, everything else says `pr
 from __future__ import annotations
 
 import inspect
-from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from reftune.errors import PositionError
+from reftune.errors import AdapterError, PositionError
 from reftune.model.positions import TIED, PositionRule, Tokens, row_index
 
 EXTRA_INPUTS = ("intervention_mask", "prompt_lens", "subject_positions", "subspaces")
 """Keyword arguments of a model call that belong to interventions and never reach the model."""
-MAX_SNAPSHOTS = 64
+MAX_PASSES = 16
+"""Forward passes whose description is kept for recomputation in a backward pass."""
 
 
 @dataclass(frozen=True)
@@ -61,19 +62,33 @@ class Inputs:
     subject: Tensor | None = None
     subspaces: Any = None
 
+    def filled(self, other: Inputs | None) -> Inputs:
+        """Return these inputs, with what they leave open taken from `other`."""
+        if other is None:
+            return self
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return Inputs(**{k: getattr(other, k) if v is None else v for k, v in values.items()})
+
 
 @dataclass
 class Snapshot:
-    """The description of one forward pass, kept for recomputation in the backward pass."""
+    """The description of one forward pass, kept for recomputation in the backward pass.
 
-    tokens: Tokens | None
-    training: bool
-    rows: tuple[str, ...] | None
-    subspaces: Any
-    idle: bool
+    `unknown` says in what situation the prompt's end is not known; rules that depend on it refuse.
+    """
+
+    tokens: Tokens | None = None
+    training: bool = False
+    grad: bool = False
+    rows: tuple[str, ...] | None = None
+    subspaces: Any = None
+    idle: bool = True
+    batch: int = 0
     width: int = 0
     past: int = 0
     scope_width: int | None = None
+    unknown: str | None = None
+    inputs: set[tuple] = field(default_factory=set)
     places: dict[tuple, tuple[Tensor | None, dict]] = field(default_factory=dict)
 
 
@@ -82,23 +97,25 @@ class Call:
 
     Args:
         is_encoder: Every real token belongs to the prompt.
-        needs_labels: In training a rule that needs the prompt's end must be told where it is.
+        needs_labels: The model predicts the next token: in training a rule that needs the prompt's
+            end must be told where it is.
+        paired: The stack belongs to an encoder-decoder; its decoder's prompt is the start token.
     """
 
-    def __init__(self, is_encoder: bool, needs_labels: bool) -> None:
-        self.is_encoder, self.needs_labels = is_encoder, needs_labels
+    def __init__(self, is_encoder: bool, needs_labels: bool, paired: bool = False) -> None:
+        self.is_encoder, self.needs_labels, self.paired = is_encoder, needs_labels, paired
         self.rules: dict[str, Rules] = {}
         self.inputs = Inputs()
         self.said: Inputs | None = None
         self.scope: Scope | None = None
         self.rows: tuple[str, ...] | None = None
-        self.now = Snapshot(None, False, None, None, idle=True)
-        self.snapshots: OrderedDict[tuple, Snapshot] = OrderedDict()
+        self.now = Snapshot()
+        self.passes: deque[Snapshot] = deque(maxlen=MAX_PASSES)
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        fresh = Call(self.is_encoder, self.needs_labels)
-        for key in ("inputs", "said", "scope", "rows", "now", "snapshots"):
+        fresh = Call(self.is_encoder, self.needs_labels, self.paired)
+        for key in ("inputs", "said", "scope", "rows", "now", "passes"):
             state[key] = getattr(fresh, key)
         return state
 
@@ -109,29 +126,33 @@ class Call:
         inputs, self.inputs = self.inputs, Inputs()
         if not self.rules:
             return
+        if not self.needs_labels:
+            inputs.labels = None  # of a classifier: they say nothing about prompts
+        inputs = inputs.filled(self.said)
         ids = bound.get("input_ids")
-        shape = ids if ids is not None else bound.get("inputs_embeds")
-        if shape is None:
+        ids = bound.get("inputs_embeds") if ids is None else ids
+        if ids is None:
             raise PositionError(
                 "The model was called without input_ids or inputs_embeds.", "Pass one."
             )
-        batch, width = shape.shape[:2]
-        self._refuse_continuous_batching(bound, stack)
-        past = _past_length(bound.get("past_key_values"))
-        self.now = Snapshot(
-            None,
-            stack.training,
-            self.rows,
-            inputs.subspaces,
-            False,
-            width,
-            past,
-            None if self.scope is None else self.scope.prompt_mask.shape[1],
+        batch, width = ids.shape[:2]
+        self._refuse_continuous_batching(bound, stack, inputs)
+        self.now = now = Snapshot(
+            training=stack.training and self.scope is None,
+            grad=torch.is_grad_enabled(),
+            rows=self.rows,
+            subspaces=inputs.subspaces,
+            batch=batch,
+            width=width,
+            past=_past_length(bound.get("past_key_values")),
+            scope_width=None if self.scope is None else self.scope.prompt_mask.shape[1],
         )
-        if self._nothing_to_do():
-            self.now.idle = True
+        now.idle = self._nothing_to_do()
+        if now.idle:
             return
-        self.now.tokens = self._describe(inputs, bound, batch, width, past, shape.device)
+        now.tokens = self._describe(inputs, bound, ids.device)
+        if now.grad:
+            self.passes.append(now)
 
     def _nothing_to_do(self) -> bool:
         """Say in plain integers whether no rule can touch a column of this pass (decoding)."""
@@ -146,39 +167,35 @@ class Call:
         )
 
     @staticmethod
-    def _refuse_continuous_batching(bound: dict[str, Any], stack: nn.Module) -> None:
-        if "cu_seq_lens_q" in bound and not stack.training:
+    def _refuse_continuous_batching(
+        bound: dict[str, Any], stack: nn.Module, inputs: Inputs
+    ) -> None:
+        packed = bound.get("cu_seq_lens_q") is not None
+        if packed and inputs.labels is None and not stack.training:
             raise PositionError(
-                "Continuous batching packs several requests in one row; positions cannot be told apart here.",
+                "Continuous batching packs several requests in one row; positions cannot be told "
+                "apart here.",
                 "Use generate(), or the reftune server.",
             )
 
-    def _describe(
-        self,
-        inputs: Inputs,
-        bound: dict[str, Any],
-        batch: int,
-        width: int,
-        past: int,
-        device: torch.device,
-    ) -> Tokens:
+    def _describe(self, inputs: Inputs, bound: dict[str, Any], device: torch.device) -> Tokens:
+        now = self.now
+        batch, width, past = now.batch, now.width, now.past
         attention = bound.get("attention_mask")
         valid = attention if isinstance(attention, Tensor) and attention.dim() == 2 else None
-        if self.scope is not None and not self.is_encoder:
+        if self.scope is not None and not self.is_encoder and not self.paired:
             return self._in_scope(batch, width, past, device)
         if valid is None:
-            segments = self._packed(bound.get("position_ids"), inputs, past)
+            segments = self._packed(bound.get("position_ids"), inputs)
             if segments is not None:
                 return segments
             valid = torch.ones(batch, past + width, dtype=torch.bool, device=device)
         valid = valid.bool()
         place = (valid.long().cumsum(1) - 1)[:, past : past + width]
-        total = valid.sum(1, keepdim=True)
-        prompt = self._prompt_len(inputs, valid, width, past, total)
+        prompt = self._prompt_len(inputs, valid)
+        mask = _as_mask(inputs.mask, batch, width, device)
         subject = None if inputs.subject is None else inputs.subject.to(device).reshape(batch, 1)
-        return Tokens(
-            place, valid[:, past : past + width], prompt, _as_mask(inputs.mask, width), subject
-        )
+        return Tokens(place, valid[:, past : past + width], prompt, mask, subject)
 
     def _in_scope(self, batch: int, width: int, past: int, device: torch.device) -> Tokens:
         """Describe columns of a generation, also for beams, chunked prefill and no cache."""
@@ -202,60 +219,56 @@ class Call:
         window = slice(past, past + width)
         return Tokens(place[:, window], valid[:, window], length, mask, subject)
 
-    def _packed(self, position_ids: Tensor | None, inputs: Inputs, past: int) -> Tokens | None:
+    def _packed(self, position_ids: Tensor | None, inputs: Inputs) -> Tokens | None:
         """Describe packed rows: positions restart at 0 inside a row."""
-        if position_ids is None or past or position_ids.dim() != 2 or self.is_encoder:
+        now = self.now
+        if position_ids is None or now.past or position_ids.dim() != 2 or self.is_encoder:
             return None
         starts = position_ids == 0
-        if not bool(starts[:, 1:].any()):
+        if position_ids.shape != (now.batch, now.width) or not bool(starts[:, 1:].any()):
             return None
         segment = starts.long().cumsum(1)
         valid = torch.ones_like(starts)
-        if inputs.labels is not None and inputs.labels.shape == position_ids.shape:
-            labelled = (inputs.labels != -100).long()
-            place_of_label = torch.where(labelled.bool(), position_ids, position_ids.max() + 1)
-            fill = torch.full(
-                (segment.shape[0], int(segment.max()) + 1), int(position_ids.max()) + 1
-            )
-            first = fill.to(segment.device).scatter_reduce(1, segment, place_of_label, "amin")
-            prompt = first.gather(1, segment)
-        else:
-            self._refuse_unknown_end("a packed row")
-            count = torch.zeros(segment.shape[0], int(segment.max()) + 1, dtype=torch.long)
-            count = count.to(segment.device).scatter_add(1, segment, torch.ones_like(segment))
-            prompt = count.gather(1, segment)
-        return Tokens(position_ids, valid, prompt, _as_mask(inputs.mask, starts.shape[1]))
-
-    def _prompt_len(
-        self, inputs: Inputs, valid: Tensor, width: int, past: int, total: Tensor
-    ) -> Tensor:
-        if inputs.prompt_lens is not None:
-            return inputs.prompt_lens.to(total.device).reshape(-1, 1)
+        segments = int(segment.max())
+        count = segment.new_zeros(now.batch, segments + 1)
+        length = count.scatter_add(1, segment, torch.ones_like(segment))
         labels = inputs.labels
-        if (
-            labels is not None
-            and labels.dim() == 2
-            and labels.shape[1] == width
-            and not self.is_encoder
-        ):
+        if labels is not None and labels.shape == position_ids.shape:
+            place = torch.where(labels == -100, length.gather(1, segment), position_ids)
+            length = length.scatter_reduce(1, segment, place, "amin")
+        elif now.training and self.needs_labels and inputs.mask is None:
+            now.unknown = "a packed row without labels"
+        mask = _as_mask(inputs.mask, now.batch, now.width, starts.device)
+        return Tokens(position_ids, valid, length.gather(1, segment), mask, segments=segments)
+
+    def _prompt_len(self, inputs: Inputs, valid: Tensor) -> Tensor:
+        """Return the prompt's length `[B, 1]`, or note that it is not known."""
+        now = self.now
+        total = valid.sum(1, keepdim=True)
+        if self.paired and not self.is_encoder:
+            return torch.ones_like(total)
+        if inputs.prompt_lens is not None:
+            return inputs.prompt_lens.to(total.device).reshape(now.batch, 1)
+        if self.is_encoder:
+            return total
+        labels = inputs.labels
+        if labels is not None and labels.shape == (now.batch, now.width):
+            columns = slice(now.past, now.past + now.width)
             labelled = labels.to(total.device) != -100
-            before = (labelled.long().cumsum(1) == 0) & valid[:, past : past + width]
-            return before.sum(1, keepdim=True) + valid[:, :past].sum(1, keepdim=True)
-        if labels is None and self.needs_labels:
-            if past:
-                self._refuse_unknown_end("a call with cached tokens")
-            elif self.now.training and inputs.mask is None:
-                self._refuse_unknown_end(
-                    "a training step without labels (label smoothing drops them)"
-                )
+            before = (labelled.long().cumsum(1) == 0) & valid[:, columns]
+            return before.sum(1, keepdim=True) + valid[:, : now.past].sum(1, keepdim=True)
+        if now.past:
+            now.unknown = "a call with cached tokens"
+        elif now.training and self.needs_labels and inputs.mask is None:
+            now.unknown = "a training step without labels (label smoothing drops them)"
         return total
 
-    def _refuse_unknown_end(self, situation: str) -> None:
-        rules = [r.current(self.now.training) for r in self.rules.values()]
-        needy = [rule for rule in rules if rule.needs_prompt_end]
-        if needy:
+    def _refuse_unknown_end(self, rule: PositionRule) -> None:
+        now = self.now
+        short = rule.prefix > now.past > 0  # a short prompt's first tokens may have run out
+        if now.unknown and (rule.needs_prompt_end or short):
             raise PositionError(
-                f'In {situation} the end of the prompt is unknown, but "{needy[0]}" depends on it.',
+                f'In {now.unknown} the end of the prompt is unknown, but "{rule}" depends on it.',
                 "Pass labels= or prompt_lens=, or use reftune.prompt_scope(model, prompt_lens).",
             )
 
@@ -282,6 +295,7 @@ class Call:
         for name, group in keys:
             rules = self.rules[name]
             rule = rules.current(now.training)
+            self._refuse_unknown_end(rule)
             mask = rule.select(now.tokens, group if group in rule.groups else TIED, rules.short)
             if now.rows is not None:
                 mask = mask & self._rows_of(name, mask)
@@ -290,7 +304,7 @@ class Call:
         union = masks[keys[0]]
         for key in keys[1:]:
             union = union | masks[key]
-        index = row_index(union, bound)
+        index = row_index(union, None if bound is None else bound * now.tokens.segments)
         if index is not None:
             masks = {key: mask.gather(1, index) for key, mask in masks.items()}
         return index, {key: mask[..., None] for key, mask in masks.items()}
@@ -298,7 +312,7 @@ class Call:
     def _rows_of(self, name: str, mask: Tensor) -> Tensor:
         rows = self.now.rows
         assert rows is not None
-        repeats = max(1, mask.shape[0] // len(rows))
+        repeats = _repeats(mask.shape[0], len(rows), "adapter names")
         mine = torch.tensor([row == name for row in rows], device=mask.device)
         return mine.repeat_interleave(repeats)[:, None]
 
@@ -307,6 +321,7 @@ class Call:
         chosen = self.now.subspaces
         if chosen is None:
             return None
+        repeats = _repeats(batch, len(chosen), "subspace rows")
         mask = torch.zeros(len(chosen), rank, dtype=torch.bool, device=device)
         for row, dims in enumerate(chosen):
             dims = range(rank) if dims is None else dims
@@ -317,23 +332,25 @@ class Call:
                         f"Use dimensions from 0 to {rank - 1}.",
                     )
                 mask[row, dim] = True
-        return mask.repeat_interleave(max(1, batch // len(chosen)), 0)
+        return mask.repeat_interleave(repeats, 0)
 
     # Recomputation under gradient checkpointing
 
     def remember(self, x: Tensor) -> None:
-        """Keep this pass's description under the identity of a block's input."""
-        key = (x.data_ptr(), tuple(x.shape))
-        self.snapshots[key] = self.now
-        self.snapshots.move_to_end(key)
-        while len(self.snapshots) > MAX_SNAPSHOTS:
-            self.snapshots.popitem(last=False)
+        """Note that a block ran on `x` in this pass."""
+        self.now.inputs.add((x.data_ptr(), tuple(x.shape)))
 
     def recall(self, x: Tensor) -> None:
-        """Restore the description that belonged to a block's input, inside a backward pass."""
-        found = self.snapshots.get((x.data_ptr(), tuple(x.shape)))
-        if found is not None:
-            self.now = found
+        """Restore the description of the last pass in which a block ran on `x`.
+
+        A checkpoint keeps the block's input alive, so its address still names it in the backward
+        pass; a later pass that used the same address can only have done so after it was freed.
+        """
+        key = (x.data_ptr(), tuple(x.shape))
+        for seen in reversed(self.passes):
+            if key in seen.inputs:
+                self.now = seen
+                return
 
     def open(self, scope: Scope) -> Scope | None:
         """Enter a generation; returns the scope that was open before."""
@@ -347,15 +364,22 @@ def _past_length(cache: Any) -> int:
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
 
 
-def _as_mask(mask: Tensor | None, width: int) -> Tensor | None:
+def _as_mask(mask: Tensor | None, batch: int, width: int, device: torch.device) -> Tensor | None:
     if mask is None:
         return None
-    if mask.dim() != 2 or mask.shape[1] != width:
+    if tuple(mask.shape) != (batch, width):
         raise PositionError(
-            f"intervention_mask has shape {tuple(mask.shape)}, but the rows have {width} tokens.",
+            f"intervention_mask has shape {tuple(mask.shape)}, the tokens {(batch, width)}.",
             "Give one boolean per token.",
         )
-    return mask.bool()
+    return mask.to(device).bool()
+
+
+def _repeats(batch: int, given: int, what: str) -> int:
+    """Return how often each given row stands in the batch (beams, returned sequences)."""
+    if given == 0 or batch % given:
+        raise AdapterError(f"{given} {what} were given for {batch} rows.", "Give one per row.")
+    return batch // given
 
 
 def bind(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

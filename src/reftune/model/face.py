@@ -21,7 +21,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from reftune.errors import AdapterError
+from reftune.errors import AdapterError, ReftuneError
 from reftune.interventions import get as get_method
 from reftune.interventions.base import Intervention, InterventionConfig
 from reftune.model import adapters as core
@@ -116,7 +116,7 @@ class ReftConfig(PeftConfig):
         self.strength, self.base_dim, self.base_layers = strength, base_dim, base_layers
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.modules_to_save, self.bias, self.stacked_on = modules_to_save, bias, stacked_on
-        self.placement().rules()
+        self.settings()
         self.placement().groups()
 
     def placement(self) -> core.Placement:
@@ -147,11 +147,9 @@ class ReftConfig(PeftConfig):
 def _method_of(
     intervention: InterventionConfig | dict[str, Any] | str | None, method: str | None
 ) -> tuple[str, dict[str, Any]]:
-    if isinstance(intervention, InterventionConfig):
-        cls = get_method(method) if method else core.resolve(intervention)[0]
-        return cls.name, intervention.to_dict()
-    if isinstance(intervention, str):
-        method, intervention = intervention, {}
+    if isinstance(intervention, InterventionConfig | str):
+        cls, settings = core.resolve(intervention, method)
+        return cls.name, settings.to_dict()
     cls = get_method(method or "loreft")
     return method or "loreft", asdict(cls.config_from(dict(intervention or {})))
 
@@ -179,7 +177,6 @@ class ReftLayer(Site, BaseTunerLayer):
         """Delete an adapter here."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
         self.strength.pop(adapter_name, None)
-        self.call.rules.pop(adapter_name, None)
         self._plan_cache = None
 
 
@@ -218,17 +215,19 @@ class ReftModel(BaseTuner):
         core.prepare(base, blocks)
         return peft_config
 
-    @staticmethod
-    def _check_target_module_exists(peft_config: ReftConfig, key: str) -> bool:
-        pattern = rf"(.*\.)?({peft_config.target_modules})"
-        return CHILD not in key.split(".") and re.fullmatch(pattern, key) is not None
+    def _check_target_module_exists(self, peft_config: ReftConfig, key: str) -> bool:
+        return key in self._targets
 
     def inject_adapter(
         self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
         """Create the sites. Targets come from the config, never from checkpoint keys."""
         kwargs["state_dict"] = None
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except ReftuneError:
+            core.discard(self.model, adapter_name)
+            raise
 
     def _create_and_replace(
         self,
@@ -267,19 +266,17 @@ class ReftModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            for name in adapter_names or self.active_adapters:
-                merge_adapter(self.model, name)
-        base = self.model
-        core.detach(base)
-        if hasattr(base, "peft_config"):
-            del base.peft_config
-        return base
+            merge_adapter(self.model, *(adapter_names or self.active_adapters))
+        below = self.model
+        core.detach(below)
+        if "peft_config" in below.__dict__:
+            del below.peft_config
+        return below
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; the hooks leave with the last one."""
         super().delete_adapter(adapter_name)
-        for call in core.calls(self.model):
-            call.rules.pop(adapter_name, None)
+        core.discard(self.model, adapter_name)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -298,7 +295,8 @@ def check_base(config: ReftConfig, dim: int, num_layers: int) -> None:
         differs.append(f"{config.base_layers} blocks (this model has {num_layers})")
     if differs:
         raise AdapterError(
-            f"The adapter was trained on {config.base_model_name_or_path or 'a model'} with {' and '.join(differs)}.",
+            f"The adapter was trained on {config.base_model_name_or_path or 'a model'} with "
+            f"{' and '.join(differs)}.",
             "Load it on the model it was trained on.",
         )
 
@@ -309,7 +307,8 @@ def check_below(config: ReftConfig, model: nn.Module) -> None:
     kinds = {str(c.peft_type.value).lower() for c in below.values() if c is not config}
     if config.stacked_on and config.stacked_on not in kinds:
         raise AdapterError(
-            f'This adapter was trained on top of a "{config.stacked_on}" adapter, which is not on the model.',
+            f'This adapter was trained on top of a "{config.stacked_on}" adapter, '
+            "which is not on the model.",
             "Load the whole stack (the folder with stack.json), or apply that adapter first.",
         )
 

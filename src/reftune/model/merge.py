@@ -1,6 +1,6 @@
 """Merging adapters into weights, only where it is exact.
 
-An edit h' = s ⊙ h + b on *all* tokens of a linear module is the linear map diag(s) W x + (s ⊙ c + b).
+An edit h' = s ⊙ h + b on *all* tokens of a linear module is the map diag(s) W x + (s ⊙ c + b).
 A constant shift of a block's output is a bias of the block's last linear module, if that module's
 output reaches the residual stream unchanged; the outputs before and after are compared.
 Everything else depends on positions or on h in a way no weight can express, and is refused.
@@ -9,11 +9,13 @@ Everything else depends on positions or on h in a way no weight can express, and
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError
+from reftune.interventions.base import Intervention
 from reftune.model.site import Site, site_of
 from reftune.model.sites import base_of
 
@@ -21,36 +23,43 @@ LAST_LINEAR = ("down_proj", "c_proj", "dense_4h_to_h", "fc2", "wo", "c_fc2", "de
 KEEP = "Keep the adapter beside the model: a prompt-only adapter costs nothing while decoding."
 
 
-def merge_adapter(model: nn.Module, name: str) -> None:
-    """Write an adapter into the weights of the base model, in place.
+def merge_adapter(model: nn.Module, *names: str) -> None:
+    """Write adapters into the weights of the base model, in place. Their edits add up.
 
     Raises:
-        AdapterError: With the reason, when no weights can express the adapter exactly. The model
-            is unchanged then.
+        AdapterError: With the reason, when no weights can express them exactly. The model is
+            unchanged then.
     """
     base = base_of(model)
     pairs = [(m, site_of(m)) for m in base.modules() if isinstance(site_of(m), Site)]
-    pairs = [(module, site) for module, site in pairs if name in site.adapters()]
-    plan = [_plan(module, site, name) for module, site in pairs]
-    wanted = _outputs(base, [name])
+    pairs.sort(key=lambda pair: pair[1].outer)  # a module inside a block acts before the block
+    plan = [
+        _plan(module, site, names) for module, site in pairs if set(names) & set(site.adapters())
+    ]
+    wanted = _outputs(base, names)
     before = [(linear, linear.weight.detach().clone(), linear.bias) for linear, _, _ in plan]
     for linear, scale, shift in plan:
         _write(linear, scale, shift)
-    worst = (_outputs(base, []) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
-    if worst > (1e-4 if wanted.dtype == torch.float32 and _is_fp32(base) else 3e-2):
-        for linear, weight, bias in before:
-            with torch.no_grad():
-                linear.weight.copy_(weight)
-            linear.bias = bias
-        raise AdapterError(
-            f'"{name}" cannot be merged exactly: the outputs would differ by {float(worst):.1e} of their size '
-            "(a norm stands between the weights and the residual stream).",
-            KEEP,
-        )
+    worst = (_outputs(base, ()) - wanted).abs().max() / wanted.abs().max().clamp(min=1e-6)
+    if worst <= (3e-2 if _is_half(base) else 1e-4):
+        return
+    for linear, weight, bias in reversed(before):
+        with torch.no_grad():
+            linear.weight.copy_(weight)
+        linear.bias = bias
+    raise AdapterError(
+        f"{_quoted(names)} cannot be merged exactly: the outputs would differ by {float(worst):.1e} "
+        "of their size (a norm stands between the weights and the residual stream).",
+        KEEP,
+    )
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(f'"{name}"' for name in names)
 
 
 @torch.no_grad()
-def _outputs(base: nn.Module, active: list[str]) -> Tensor:
+def _outputs(base: nn.Module, active: Sequence[str]) -> Tensor:
     """Return fp32 outputs of the model on fixed tokens with just the given adapters active."""
     sites = [m for m in base.modules() if isinstance(m, Site)]
     state = [(site._active_adapter, site._disable_adapters) for site in sites]
@@ -76,38 +85,47 @@ def _outputs(base: nn.Module, active: list[str]) -> Tensor:
     return output[0].float()
 
 
-def _is_fp32(base: nn.Module) -> bool:
-    return all(p.dtype == torch.float32 for p in base.parameters() if p.is_floating_point())
+def _is_half(base: nn.Module) -> bool:
+    return any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
 
 
-def _plan(module: nn.Module, site: Site, name: str) -> tuple[nn.Module, Tensor, Tensor]:
+def _plan(module: nn.Module, site: Site, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
     """Return the linear module to change with its scale and shift, or refuse."""
+    scale, shift = torch.ones(site.dim), torch.zeros(site.dim)
+    for name in names:
+        for _, intervention in site.groups(name).items():
+            own_scale, own_shift = _affine(site, name, intervention)
+            scale, shift = scale.to(own_scale.device), shift.to(own_shift.device)
+            scale, shift = scale + site.strength[name] * (own_scale - 1), shift + own_shift
+    if not site.outer:
+        _check_plain(module, names)
+        return module, scale, shift
+    if not torch.allclose(scale, torch.ones_like(scale)):
+        raise AdapterError(
+            f"{_quoted(names)} cannot be merged: it scales the residual stream, which no weight "
+            "of a block can.",
+            "Train it on a linear module (site: mlp.down_proj), or keep it beside the model.",
+        )
+    return _last_linear(module, shift, names), scale, shift
+
+
+def _affine(site: Site, name: str, intervention: Intervention) -> tuple[Tensor, Tensor]:
+    """Return scale and strength times shift of one intervention, or refuse."""
     rule = site.call.rules[name].inference
-    (group, intervention), *more = site.groups(name).items()
-    affine = intervention.as_affine()
-    if more or not rule.all:
+    if not rule.all:
         raise AdapterError(
             f'"{name}" cannot be merged: it edits "{rule}", weights act on all tokens.', KEEP
         )
+    affine = intervention.as_affine()
     if affine is None:
         raise AdapterError(
             f'"{name}" cannot be merged: {intervention.name} is no element-wise scale and shift.',
             KEEP,
         )
-    strength = site.strength[name]
-    scale, shift = 1 + strength * (affine[0] - 1), strength * affine[1]
-    if not site.outer:
-        _check_plain(module, name)
-        return module, scale, shift
-    if not torch.allclose(scale, torch.ones_like(scale)):
-        raise AdapterError(
-            f'"{name}" cannot be merged: it scales the residual stream, which no weight of a block can.',
-            "Train it on a linear module (site: mlp.down_proj), or keep it beside the model.",
-        )
-    return _last_linear(module, shift, name), scale, shift
+    return affine[0], site.strength[name] * affine[1]
 
 
-def _check_plain(linear: nn.Module, name: str) -> None:
+def _check_plain(linear: nn.Module, names: Sequence[str]) -> None:
     weight = getattr(linear, "weight", None)
     if (
         weight is None
@@ -116,16 +134,18 @@ def _check_plain(linear: nn.Module, name: str) -> None:
         or type(weight).__module__.startswith(("torchao", "bitsandbytes"))
     ):
         raise AdapterError(
-            f'"{name}" cannot be merged: the base weights are quantised ({type(linear).__name__}).',
+            f"{_quoted(names)} cannot be merged: the base weights are quantised "
+            f"({type(linear).__name__}).",
             "Load the base model without quantisation to merge.",
         )
     if hasattr(linear, "base_layer"):
         raise AdapterError(
-            f'"{name}" cannot be merged: the module carries a LoRA.', "Merge the LoRA first."
+            f"{_quoted(names)} cannot be merged: the module carries a LoRA.",
+            "Merge the LoRA first.",
         )
 
 
-def _last_linear(block: nn.Module, shift: Tensor, name: str) -> nn.Module:
+def _last_linear(block: nn.Module, shift: Tensor, names: Sequence[str]) -> nn.Module:
     """Return the last linear module of the block's feed-forward branch."""
     for key in LAST_LINEAR:
         found = [
@@ -136,10 +156,11 @@ def _last_linear(block: nn.Module, shift: Tensor, name: str) -> nn.Module:
         if not found:
             continue
         linear = block.get_submodule(found[-1])
-        _check_plain(linear, name)
+        _check_plain(linear, names)
         return linear
     raise AdapterError(
-        f'"{name}" cannot be merged: no linear module of {type(block).__name__} writes straight to the residual stream.',
+        f"{_quoted(names)} cannot be merged: no linear module of {type(block).__name__} writes "
+        "straight to the residual stream.",
         KEEP,
     )
 
@@ -152,12 +173,12 @@ def _write(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
     """Replace W by diag(s) W and the bias c by s ⊙ c + b. GPT-2's Conv1D stores W transposed."""
     weight = linear.weight
     transposed = type(linear).__name__ == "Conv1D"
-    factor = scale.to(weight.device, torch.float32)
+    wide = torch.promote_types(weight.dtype, torch.float32)
+    factor, shift = scale.to(weight.device, wide), shift.to(weight.device, wide)
     with torch.no_grad():
-        wide = weight.float() * (factor if transposed else factor[:, None])
-        weight.copy_(wide.to(weight.dtype))
-        bias = linear.bias.float() if linear.bias is not None else torch.zeros_like(factor)
-        value = (factor * bias + shift.to(weight.device)).to(weight.dtype)
+        weight.copy_((weight.to(wide) * (factor if transposed else factor[:, None])))
+        bias = torch.zeros_like(factor) if linear.bias is None else linear.bias.to(wide)
+        value = (factor * bias + shift).to(weight.dtype)
         linear.bias = nn.Parameter(value, requires_grad=False)
 
 

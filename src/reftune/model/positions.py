@@ -42,6 +42,7 @@ class Tokens:
         prompt_len: Real prompt tokens of the row (of the segment when packed), `[B, 1]`/`[B, T]`.
         mask: Explicit boolean column `[B, T]`, or None.
         subject: Place of the subject's last token, `[B, 1]`, or None.
+        segments: The most packed documents in a row; a rule's bound holds for each of them.
     """
 
     place: Tensor
@@ -49,6 +50,7 @@ class Tokens:
     prompt_len: Tensor
     mask: Tensor | None = None
     subject: Tensor | None = None
+    segments: int = 1
 
 
 @dataclass(frozen=True)

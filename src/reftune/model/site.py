@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from reftune.errors import AdapterError
+from reftune.errors import AdapterError, SiteError
 from reftune.interventions.base import Intervention, InterventionConfig
 from reftune.model.call import Call
 from reftune.model.positions import PREFIX, SUFFIX, TIED
@@ -122,8 +122,7 @@ class Site(nn.Module):
         if not plan:
             return h
         index, weights = self.call.place(tuple((name, group) for name, group, _ in plan))
-        flat_batch = h.dim() == 2
-        full = h[None] if flat_batch else h
+        full = self._rows(h)
         if index is None:
             picked = full
         else:
@@ -132,7 +131,22 @@ class Site(nn.Module):
         with _no_autocast(h):
             total = self._total(picked, weights, plan).to(h.dtype)
         out = total if index is None else full.scatter(1, columns, total)
-        return out[0] if flat_batch else out
+        return out.reshape(h.shape)
+
+    def _rows(self, h: Tensor) -> Tensor:
+        """Return h as `[B, T, d]`; some modules work on all tokens of the batch in one row.
+
+        Raises:
+            SiteError: If the module's output does not hold one state per token of the call.
+        """
+        now = self.call.now
+        if h.shape[:-1].numel() != now.batch * now.width or h.shape[-1] != self.dim:
+            raise SiteError(
+                f"A site on layer {self.layer} sees states {tuple(h.shape)}, but the call has "
+                f"{now.batch} x {now.width} tokens of width {self.dim}.",
+                "Choose a module that works on every token of the prompt, or site: block.",
+            )
+        return h.reshape(now.batch, now.width, self.dim)
 
     def _total(self, picked: Tensor, weights: dict, plan: tuple) -> Tensor:
         wide = picked.to(torch.promote_types(picked.dtype, torch.float32))
@@ -146,9 +160,10 @@ class Site(nn.Module):
         return total
 
     def _select(self, module: Intervention, wide: Tensor) -> Tensor | None:
-        if self.call.now.subspaces is None or not module.subspaces:
+        if self.call.now.subspaces is None:
             return None
-        mask = self.call.subspace_mask(module.config.rank, wide.shape[0], wide.device)
+        rank = getattr(module.config, "rank", self.dim)
+        mask = self.call.subspace_mask(rank, wide.shape[0], wide.device)
         return None if mask is None else mask.repeat_interleave(wide.shape[1], 0)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -188,17 +203,23 @@ def site_hook(module: nn.Module, args: tuple, output: Any) -> Any:
     site = site_of(module)
     if site is None or site._disable_adapters:
         return None
-    call = site.call
-    if site.outer and call.rules:
-        if torch._C._current_graph_task_id() != -1:
-            call.recall(args[0])
-        elif torch.is_grad_enabled() and args and isinstance(args[0], Tensor):
-            call.remember(args[0])
-    if call.now.idle:
+    if site.outer:
+        _trace(site.call, args)
+    if site.call.now.idle:
         return None
     if isinstance(output, tuple):
         return (site(output[0]), *output[1:])
     return site(output)
+
+
+def _trace(call: Call, args: tuple) -> None:
+    """Note a block's input in the forward pass; find its pass again when it is recomputed."""
+    if not args or not isinstance(args[0], Tensor):
+        return
+    if torch._C._current_graph_task_id() != -1:
+        call.recall(args[0])
+    elif call.now.grad:
+        call.remember(args[0])
 
 
 class ReplayedCall:
@@ -221,14 +242,19 @@ class ReplayedCall:
         return self.function(replay, *args, **kwargs)
 
 
-def replay_hook(block: nn.Module, args: tuple) -> None:
-    """Forward pre-hook of a block with sites inside: make its checkpointing replay them right."""
-    function = getattr(block, "_gradient_checkpointing_func", None)
-    if function is None or isinstance(function, ReplayedCall):
+def block_pre_hook(block: nn.Module, args: tuple) -> None:
+    """Forward pre-hook of a block with sites inside: recomputation edits as the first pass did.
+
+    transformers checkpoints a block's `forward`, inside this hook, so its function is wrapped;
+    wrappers around the whole block run this hook again.
+    """
+    inner = next((m for m in block.modules() if isinstance(m, Site) and not m.outer), None)
+    if inner is None:
         return
-    inner = [m for m in block.modules() if isinstance(m, Site) and not m.outer]
-    if inner:
-        block._gradient_checkpointing_func = ReplayedCall(function, inner[0].call)
+    _trace(inner.call, args)
+    function = getattr(block, "_gradient_checkpointing_func", None)
+    if function is not None and not isinstance(function, ReplayedCall):
+        block._gradient_checkpointing_func = ReplayedCall(function, inner.call)
 
 
 def check_adapter_name(name: str) -> None:
@@ -237,7 +263,7 @@ def check_adapter_name(name: str) -> None:
     Raises:
         AdapterError: For empty names, names with a dot, `__base__`, or the prefix `reft_`.
     """
-    if not name or "." in name or name == BASE or name.startswith("reft_") or name == CHILD:
+    if not name or "." in name or name in (BASE, CHILD) or name.startswith("reft_"):
         raise AdapterError(
             f'"{name}" cannot name an adapter.',
             'Use a name without dots, not starting with "reft_".',

@@ -275,7 +275,9 @@ class Measure:
             gaps.append(mean(f"chat minus native, {world}", [float(c) - n for c, n in pairs]))
         yield from gaps
         worst = min(gaps, key=lambda gate: gate.value)
-        yield Gate("chat minus native, worst sub-world", worst.value, worst.low, worst.high, worst.n)
+        yield Gate(
+            "chat minus native, worst sub-world", worst.value, worst.low, worst.high, worst.n
+        )
 
     def log_lines(self) -> Iterator[Gate]:
         """Tokens a log line costs, on jobs of the studies."""

@@ -82,9 +82,7 @@ def render(item: Item, tokenizer: Any, chat: bool = False) -> tuple[list[int], l
     return document.ids, document.weights
 
 
-def render_batch(
-    items: Sequence[Item], chats: Sequence[bool], core: Tokenizer
-) -> list[Document]:
+def render_batch(items: Sequence[Item], chats: Sequence[bool], core: Tokenizer) -> list[Document]:
     """Render many items at once; `core` is the `backend_tokenizer`. Statements ignore `chats`."""
     texts: list[str] = []
     for item, chat in zip(items, chats, strict=True):
@@ -95,7 +93,7 @@ def render_batch(
     encoded = core.encode_batch(texts, add_special_tokens=False)
     documents = []
     for place, (item, chat) in enumerate(zip(items, chats, strict=True)):
-        prompt, answer = encoded[2 * place].ids, encoded[2 * place + 1].ids + [EOS_ID]
+        prompt, answer = encoded[2 * place].ids, [*encoded[2 * place + 1].ids, EOS_ID]
         if item.question and chat:
             prompt = [BOS_ID, USER_ID, *prompt, ASSISTANT_ID]
         else:
@@ -153,9 +151,7 @@ class Mix:
     def documents(self, number: int, progress: float) -> list[Document]:
         """Draw and render the next `number` items of the mix."""
         drawn = [draw(world, self.rng, progress=progress) for world in self._schedule(number)]
-        chats = [
-            item.world not in NO_CHAT and self.rng.random() < CHAT_SHARE for item in drawn
-        ]
+        chats = [item.world not in NO_CHAT and self.rng.random() < CHAT_SHARE for item in drawn]
         documents = render_batch(drawn, chats, self.core)
         for document in documents:
             self.counts[document.world] += len(document.ids)

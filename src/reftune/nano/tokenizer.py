@@ -55,7 +55,9 @@ def training_text(characters: int = 4_000_000, seed: int = 0) -> Iterator[str]:
         left = share * characters
         while left > 0:
             item = draw(world, rng, progress=rng.random())
-            text = f"Question: {item.question} Answer: {item.answer}" if item.question else item.answer
+            text = (
+                f"Question: {item.question} Answer: {item.answer}" if item.question else item.answer
+            )
             left -= len(text)
             yield text
 

@@ -36,7 +36,9 @@ def bars(
     title: str = "",
     label: str = "accuracy",
 ) -> Path:
-    """Draw one bar per figure with its interval; bars named `base...` are grey.
+    """Draw one bar per figure with its interval.
+
+    Bars named `base...` are grey; `lora` and `lora, strict` share a colour.
 
     Args:
         path: A `.png`, `.svg` or `.pdf` file.
@@ -48,9 +50,11 @@ def bars(
     shares = all(figure.unit == "share" for figure in figures.values())
     highest = max([_top(figure) for figure in figures.values()], default=1.0)
     limit = 1.08 if shares and highest > 0.85 else highest * 1.2 or 1.0
-    colours = iter(COLOURS * (len(figures) // len(COLOURS) + 1))
+    kinds = list(dict.fromkeys(_kind(name) for name in figures if not _is_base(name)))
     for place, (name, figure) in enumerate(figures.items()):
-        colour = BASE_COLOUR if name.lower().startswith("base") else next(colours)
+        colour = BASE_COLOUR
+        if not _is_base(name):
+            colour = COLOURS[kinds.index(_kind(name)) % len(COLOURS)]
         if figure.mean is None:
             axes.text(place, limit * 0.02, "open", ha="center", va="bottom", color=BASE_COLOUR)
             continue
@@ -274,6 +278,14 @@ def _turn_long_labels(axes: Axes, names: Sequence[str]) -> None:
 def _top(figure: Figure) -> float:
     ends = [end for end in (figure.mean, figure.high) if end is not None]
     return max(ends, default=0.0)
+
+
+def _kind(name: str) -> str:
+    return name.partition(",")[0]
+
+
+def _is_base(name: str) -> bool:
+    return name.lower().startswith("base")
 
 
 def _row_label(row: ResultRow) -> str:

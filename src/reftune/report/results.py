@@ -70,13 +70,15 @@ def rows_of(name: str, reports: Sequence[Report], command: str = "") -> list[Res
         command: What made them; default is what the first report says.
     """
     first = reports[0]
-    main = first.primary()
+    found = first.primary()
+    main = first.metric or (found[0] if found else "")
+    main = main.removeprefix("base_").removeprefix("adapter_")
     rows = []
     for metric in dict.fromkeys(key for report in reports for key in report.figures):
         figures = [report.figures[metric] for report in reports if metric in report.figures]
         is_base = metric.startswith("base_")
         short = metric.removeprefix("base_").removeprefix("adapter_")
-        primary = main is not None and short == main[0].removeprefix("adapter_")
+        primary = short == main
         owner = _base_name(name) if is_base else name
         rows.append(
             ResultRow(

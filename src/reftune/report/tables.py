@@ -152,24 +152,45 @@ def show_share(share: float) -> str:
 
 
 def report_table(reports: Sequence[Report], title: str = "") -> Table:
-    """Compare runs: one row each, with every figure that any of them has.
+    """Compare runs: one row each, and one for the base model where a run scored it.
 
     Args:
-        reports: Runs.
+        reports: Runs. Figures `adapter_accuracy` and `base_accuracy` share a column `accuracy`.
         title: Printed above the table.
     """
-    names = list(dict.fromkeys(name for report in reports for name in report.figures))
-    figures = {name: [report.figures.get(name) for report in reports] for name in names}
-    better = [_better(name, next(f for f in figures[name] if f)) for name in names]
+    lines: list[tuple[Report, dict[str, Figure], bool]] = []
+    for report in reports:
+        base, own = split_figures(report)
+        is_known = any(base == figures for _, figures, is_base in lines if is_base)
+        if base and not is_known:
+            lines.append((report, base, True))
+        lines.append((report, own, False))
+    names = list(dict.fromkeys(name for _, figures, _ in lines for name in figures))
+    firsts = {name: next(f[name] for _, f, _ in lines if name in f) for name in names}
+    better = [_better(name, firsts[name]) for name in names]
     table = Table(
         columns=["run", "method", "task", *names, "trained", "share", "adapter", "training"],
         best=[None, None, None, *better, None, None, None, None],
         title=title,
     )
-    for index, report in enumerate(reports):
-        cells = [_figure_cell(figures[name][index]) for name in names]
-        table.add(report.name, " + ".join(report.methods), report.task, *cells, *_costs(report))
+    for report, figures, is_base in lines:
+        cells = [_figure_cell(figures.get(name)) for name in names]
+        label = f"base of {report.name}" if is_base else report.name
+        method = "base" if is_base else " + ".join(report.methods)
+        costs = [Cell("")] * 4 if is_base else _costs(report)
+        table.add(label, method, report.task, *cells, *costs)
     return table
+
+
+def split_figures(report: Report) -> tuple[dict[str, Figure], dict[str, Figure]]:
+    """Return the figures of the base model and of what was trained, without their prefixes."""
+    base, own = {}, {}
+    for name, figure in report.figures.items():
+        if name.startswith("base_"):
+            base[name.removeprefix("base_")] = figure
+        else:
+            own[name.removeprefix("adapter_")] = figure
+    return base, own
 
 
 def result_table(rows: Sequence[ResultRow], title: str = "") -> Table:

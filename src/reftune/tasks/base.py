@@ -154,7 +154,7 @@ def sample(
 
     >>> rows = [Example(str(i), "", "", "") for i in range(9)]
     >>> [row.id for row in sample(rows, 3, 0, shuffled=False)]
-    ['4', '6', '8']
+    ['1', '5', '7']
     """
     if size is None or (size >= len(examples) and not shuffled):
         return list(examples)

@@ -25,7 +25,7 @@ HELD_BACK: tuple[str, ...] = (
 """Starts of file names that hold test questions without saying so."""
 
 _NO_WORD = re.compile(r"[\W_]+")
-_CAMEL = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
+_CAMEL = re.compile(r"(?<=[A-Za-z0-9])(?=[A-Z][a-z])")
 _TEST_WORD = re.compile(r"(?<![a-z])test(?:s|set|sets|ing|data|split)?(?![a-z])")
 
 

@@ -167,7 +167,7 @@ class Own(Task):
         if self.options.subspace is None:
             return example
         given = value(row, self.options.subspace, origin)
-        dims = json.loads(given) if isinstance(given, str) else given
+        dims = _from_json(given)
         if not isinstance(dims, list) or not all(isinstance(d, int) and d >= 0 for d in dims):
             raise DataError(
                 f'{place(row, origin)}: "{self.options.subspace}" is {given!r}.',
@@ -237,13 +237,9 @@ def chat_messages(given: Any, where: str) -> list[dict[str, str]]:
     >>> chat_messages([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}], "x")
     [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'}]
     """
-    if isinstance(given, str):
-        try:
-            given = json.loads(given)
-        except json.JSONDecodeError as error:
-            raise DataError(f"{where}: the messages are no JSON ({error.msg}).", _CHAT) from error
+    given = _from_json(given)
     if not isinstance(given, list) or not given:
-        raise DataError(f"{where}: the messages are no list, or an empty one.", _CHAT)
+        raise DataError(f"{where}: the messages are no (JSON) list, or an empty one.", _CHAT)
     messages = []
     for message in given:
         if not isinstance(message, dict):
@@ -258,6 +254,14 @@ def chat_messages(given: Any, where: str) -> list[dict[str, str]]:
 
 
 _CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+
+
+def _from_json(given: Any) -> Any:
+    """Return what a text field holds as JSON, or the field itself: CSV knows text only."""
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError:
+        return given
 
 
 def _form(form: str, row: Row, origin: str) -> str:

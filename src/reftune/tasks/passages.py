@@ -71,15 +71,14 @@ class Passages(World):
         if self.kind != "choice":
             return self.row(split, index, question, drawn.answer, drawn.gold, meta=meta)
         label = 0 if drawn.gold == "yes" else 1
-        # Without the template's space: a chat template places the answer itself.
-        choices = tuple(text.strip() for text in _ANSWERS) if self.options.chat else _ANSWERS
+        # With the space in chat form too: nano's chat template writes one before an answer.
         return self.row(
             split,
             index,
             question,
             drawn.answer,
             drawn.gold,
-            choices=choices,
+            choices=_ANSWERS,
             label=label,
             meta=meta,
         )

@@ -80,12 +80,11 @@ def find_file(data_dir: str | Path, stems: tuple[str, ...]) -> Path | None:
 
 
 def _describe(root: Path, stems: tuple[str, ...]) -> str:
-    files = {
-        path.name for folder in FOLDERS for path in (root / folder).glob("*") if suffix_of(path)
-    }
-    close = difflib.get_close_matches(stems[0], files, n=3, cutoff=0.5) if stems else []
-    nearest = f"; nearest in name: {', '.join(close)}." if close else "."
-    return f"It has {len(files)} data files{nearest}"
+    paths = [path for folder in FOLDERS for path in (root / folder).glob("*") if suffix_of(path)]
+    files = {path.name.removesuffix(suffix_of(path) or ""): path.name for path in paths}
+    close = [files[name] for stem in stems for name in difflib.get_close_matches(stem, files, n=2)]
+    nearest = f"; nearest in name: {', '.join(dict.fromkeys(close))}" if close else ""
+    return f"It has {len(files)} data file{'s' * (len(files) != 1)}{nearest}."
 
 
 def load_source(source: Source, data_dir: str | None, task: str, split: str) -> Rows:

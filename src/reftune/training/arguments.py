@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,22 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from reftune.config.recipe import StageSpec
 from reftune.errors import DataError, RecipeError, nearest
+from reftune.training.processes import world_size
 
 if TYPE_CHECKING:
     import torch
     from transformers import TrainingArguments
 
 TRACKERS = {"trackio": "trackio", "wandb": "wandb", "tensorboard": "tensorboard"}
-
-
-def world_size() -> int:
-    """Return the number of processes `accelerate launch` or torchrun started."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def is_main_process() -> bool:
-    """Return whether this process writes files and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
 
 
 @dataclass(frozen=True)
@@ -86,6 +76,9 @@ def precision(stage: StageSpec, base_dtype: torch.dtype) -> str:
     wanted = stage.precision
     if wanted == "auto":
         return "bf16" if base_dtype == torch.bfloat16 and torch.cuda.is_available() else "fp32"
+    is_old = torch.cuda.is_available() and not torch.cuda.is_bf16_supported()
+    if wanted == "bf16" and is_old:
+        raise RecipeError("precision: bf16 is not supported by this GPU.", "Use fp16 or fp32.")
     if wanted == "fp16" and not torch.cuda.is_available():
         raise RecipeError(
             "precision: fp16 needs a CUDA device, there is none.", "Use bf16, fp32 or auto."
@@ -182,6 +175,7 @@ def _fixed() -> dict[str, Any]:
         "logging_nan_inf_filter": False,  # a loss that is not finite is an error, not a gap
         "remove_unused_columns": False,
         "disable_tqdm": True,
+        "use_cpu": not (torch.cuda.is_available() or torch.backends.mps.is_available()),
         "dataloader_num_workers": 0,
         "dataloader_pin_memory": torch.cuda.is_available(),
         "label_names": ["labels"],

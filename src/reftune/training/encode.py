@@ -148,7 +148,7 @@ def encode(
         prompt_len=len(head),
         id=example.id,
         select=example.subspace,
-        subject=_subject_place(example, prompt, tokenizer, len(lead) - cut, len(head)),
+        subject=_subject_place(example, prompt, tokenizer, len(lead), cut),
         cut=cut,
     )
 
@@ -295,8 +295,8 @@ def _subject_place(
     example: Example,
     prompt: str,
     tokenizer: PreTrainedTokenizerBase,
-    shift: int,
-    prompt_len: int,
+    lead: int,
+    cut: int,
 ) -> int | None:
     """Return the place of the last token of `meta["subject"]` (its last mention), or None."""
     subject = example.meta.get("subject")
@@ -311,13 +311,12 @@ def _subject_place(
     # The token that covers the last character; tokenising up to it could split differently.
     spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
     covering = [i for i, (a, b) in enumerate(spans["offset_mapping"]) if a < end <= b]
-    place = covering[0] + shift if covering else -1
-    if not 0 <= place < prompt_len:
+    if not covering or covering[0] < cut:
         raise DataError(
             f'Row "{example.id}": its subject "{subject}" was cut off with the prompt.',
             "Set a larger max_len.",
         )
-    return place
+    return lead + covering[0] - cut
 
 
 def _too_long(row: str, target: int, max_len: int, around: int) -> TooLongError:

@@ -33,6 +33,7 @@ from reftune.errors import RecipeError, TrainingError
 from reftune.report.files import plain, write_json_atomic, write_text_atomic
 from reftune.report.model import Report
 from reftune.training.checkpoints import list_checkpoints
+from reftune.training.processes import world_size
 
 log = logging.getLogger(__name__)
 
@@ -78,6 +79,10 @@ class RunFolder:
             TrainingError: If the folder cannot be written.
         """
         folder = cls(recipe)
+        if not is_main:  # the main process refuses for all
+            if resume and (folder.path / "state.json").is_file():
+                folder._state = folder._read_state()
+            return folder
         there = folder._look()
         if resume and there in ("finished", "unfinished"):
             folder._continue()
@@ -89,8 +94,7 @@ class RunFolder:
                 f"{folder.path} exists and is not the folder of a run.",
                 "Choose another --name or output:.",
             )
-        if is_main:
-            folder._create()
+        folder._create()
         return folder
 
     def _look(self) -> str:
@@ -250,7 +254,7 @@ def environment() -> dict[str, Any]:
         "versions": versions(),
         "device": device,
         "threads": torch.get_num_threads(),
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+        "processes": world_size(),
         "system": platform.system(),
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -81,7 +81,7 @@ def train(
     """
     import torch
 
-    from reftune.training.arguments import is_main_process
+    from reftune.training.processes import is_main_process
 
     check(recipe)
     folder = RunFolder.open(recipe, resume, overwrite, is_main_process())
@@ -120,7 +120,8 @@ def check(recipe: Recipe) -> None:
         RecipeError: If stages, objectives, trackers or batch sizes do not fit.
     """
     from reftune import objectives
-    from reftune.training.arguments import Split, check_numbers, check_trackers, world_size
+    from reftune.training.arguments import Split, check_numbers, check_trackers
+    from reftune.training.processes import world_size
 
     if not recipe.stages:
         raise RecipeError("The recipe has no stages.", "Give at least one, or an adapter.")
@@ -154,7 +155,7 @@ def _check_plain(recipe: Recipe) -> None:
 def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:
     from transformers import set_seed
 
-    from reftune.training.arguments import is_main_process
+    from reftune.training.processes import is_main_process
     from reftune.training.outcome import conclude
 
     data = load_data(recipe)
@@ -279,7 +280,7 @@ def _restore_stage(run: Run, index: int) -> None:
 
 def _train_stage(run: Run, index: int) -> None:
     from reftune.model.build import apply_adapter, trainable_summary
-    from reftune.training.arguments import is_main_process
+    from reftune.training.processes import is_main_process
     from reftune.training.backward import set_checkpointing
     from reftune.training.callbacks import MetricsWriter
 

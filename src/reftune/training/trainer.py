@@ -30,11 +30,11 @@ from reftune.model.run import Runner
 from reftune.training import checkpoints
 from reftune.training.backward import disable_input_grads
 from reftune.training.collate import Collator, Order, Padded, prepare
+from reftune.training.processes import leave_at_exit, with_one_label
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-    from reftune.model.run import Prepared
     from reftune.objectives.base import Objective
 
 log = logging.getLogger(__name__)
@@ -101,6 +101,8 @@ class ReftTrainer(Trainer):
         )
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
+        if self.accelerator.num_processes > 1:
+            leave_at_exit()
 
     # Loss
 
@@ -126,9 +128,9 @@ class ReftTrainer(Trainer):
         own = self.objective.count(prepared)
         is_blank = self.accelerator.num_processes > 1 and not int(own)
         if is_blank:
-            prepared = _with_one_label(prepared)
+            prepared = with_one_label(prepared)
         out = self.objective(self._run_through(model), prepared, num_items_in_batch)
-        self._check_finite("loss", float(out.loss.detach()))
+        self._check_finite("loss", float(out.loss.detach()), self.state.global_step + 1)
         loss = out.loss * 0.0 if is_blank else out.loss  # a gradient of zeros, but a gradient
         if self.model.training:
             self._note(out.metrics, own)
@@ -169,13 +171,13 @@ class ReftTrainer(Trainer):
             self._sums[name] = self._sums.get(name, 0) + value
         self._weight = self._weight + weight
 
-    def _check_finite(self, what: str, value: float) -> None:
+    def _check_finite(self, what: str, value: float, step: int) -> None:
         if math.isfinite(value):
             return
         rate = self._get_learning_rate() if self.lr_scheduler is not None else 0.0
         raise TrainingError(
-            f"The {what} is {value} at step {self.state.global_step + 1} "
-            f"(learning rate {rate:.3g}). The run stopped; no checkpoint was written from it.",
+            f"The {what} is {value} at step {step} (learning rate {rate:.3g}). "
+            "The run stopped; no checkpoint was written from it.",
             "Lower optimiser.lr, add optimiser.warmup, or set precision: fp32 (fp16 overflows "
             "easily); then start again, or --resume from the last checkpoint.",
         )
@@ -189,7 +191,7 @@ class ReftTrainer(Trainer):
         if "loss" in logs and "learning_rate" in logs:
             norm = logs.get("grad_norm")
             if norm is not None and self.accelerator.scaler is None:
-                self._check_finite("gradient norm", float(norm))
+                self._check_finite("gradient norm", float(norm), self.state.global_step)
             weight = max(float(self._weight), 1.0)
             logs |= {name: float(total) / weight for name, total in self._sums.items()}
             logs["tokens"] = int(self.tokens_seen)
@@ -317,6 +319,7 @@ class ReftTrainer(Trainer):
         Returns:
             transformers' TrainOutput.
         """
+        self.accelerator.wait_for_everyone()  # the main process may have cleared the folder
         if resume_from_checkpoint is True:
             last = checkpoints.last_checkpoint(self.folder)
             resume_from_checkpoint = None if last is None else str(last)
@@ -335,6 +338,9 @@ class ReftTrainer(Trainer):
     def _restore(self) -> None:
         self._runner = None
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
+        forward = self.model.__dict__.get("forward")
+        if getattr(forward, "__func__", None) is type(self.model).forward:
+            del self.model.forward  # accelerate leaves the class's own method on the instance
         if self._use_cache is not None:
             self.model.config.use_cache = self._use_cache  # the Trainer switched it off
         self.model.eval()
@@ -383,11 +389,3 @@ def _plain_name(name: str) -> str:
     for wrapper in _WRAPPERS:
         name = name.replace(wrapper, "")
     return name
-
-
-def _with_one_label(prepared: Prepared) -> Prepared:
-    """Give a batch of blank rows one label, so that its process takes part in the step."""
-    if prepared.labels.shape == prepared.input_ids.shape:
-        prepared.labels = prepared.labels.clone()
-        prepared.labels[0, 1] = prepared.input_ids[0, 1]
-    return prepared

@@ -1,0 +1,147 @@
+"""`reftune doctor`: what is installed, what device, and does attaching work on your model."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import platform
+import shutil
+from importlib import metadata
+from typing import Annotated, Any
+
+import typer
+
+from reftune.cli.common import JsonFlag, out, print_json, read_recipe
+
+CORE = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pydantic")
+EXTRAS = {
+    "trl": ("trl",),
+    "eval": ("lm_eval",),
+    "quant": ("bitsandbytes", "torchao"),
+    "track": ("trackio", "wandb", "tensorboard"),
+}
+
+
+def doctor(
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Also check attaching on this model.")
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option("--recipe", "-r", help="Also check this recipe.")
+    ] = None,
+    json_: JsonFlag = False,
+) -> None:
+    """Show versions, device and extras, and check a model or a recipe before a long run.
+
+    Examples:
+
+        reftune doctor
+        reftune doctor --model Qwen/Qwen3-0.6B
+        reftune doctor --recipe my.yaml --json
+
+    The check of a model attaches LoReFT to it: sites found, identity and off leave the model as it
+    was, an edit changes the output, gradients reach every site, saving and loading is exact. A
+    failed check makes the exit code 4.
+    """
+    facts = environment()
+    checks: list[dict[str, Any]] = []
+    if recipe is not None:
+        checks += _check_recipe(recipe)
+    if model is not None:
+        checks += _check_model(model)
+    failed = [check for check in checks if not check["passed"]]
+    if json_:
+        print_json({**facts, "checks": checks, "ok": not failed})
+    else:
+        _show(facts, checks)
+    if failed:
+        raise typer.Exit(4)
+
+
+def environment() -> dict[str, Any]:
+    """Return versions, device, threads, extras and free space."""
+    import torch
+
+    device = "cpu"
+    if torch.cuda.is_available():
+        device = torch.cuda.get_device_name(0)
+    elif torch.backends.mps.is_available():
+        device = "mps"
+    from reftune import __version__, nano
+
+    return {
+        "versions": {
+            "reftune": __version__,
+            "python": platform.python_version(),
+            **{name: _installed(name) for name in CORE},
+        },
+        "device": device,
+        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "extras": {
+            extra: {name: _installed(name) for name in names} for extra, names in EXTRAS.items()
+        },
+        "nano": list(nano.shipped()),
+        "free_gb": round(shutil.disk_usage(".").free / 1e9, 1),
+    }
+
+
+def _installed(name: str) -> str | None:
+    """Return the version of a package, without importing it."""
+    if importlib.util.find_spec(name) is None:
+        return None
+    try:
+        return metadata.version(name.replace("_", "-"))
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _check_recipe(recipe: str) -> list[dict[str, Any]]:
+    """Check a recipe; its faults are raised as they would be by `train`."""
+    resolved = read_recipe(recipe)
+    methods = " + ".join(stage.adapter.method for stage in resolved.stages)
+    detail = f"{methods} on {resolved.model.name}, task {resolved.task.name}"
+    return [{"name": f"recipe {recipe}", "passed": True, "detail": detail}]
+
+
+def _check_model(name: str) -> list[dict[str, Any]]:
+    from reftune.config.recipe import ModelSpec
+    from reftune.model.build import load_base
+    from reftune.model.doctor import self_check
+
+    model, _ = load_base(ModelSpec(name=name))
+    return [
+        {"name": check.name, "passed": bool(check.passed), "detail": check.detail}
+        for check in self_check(model)
+    ]
+
+
+def _show(facts: dict[str, Any], checks: list[dict[str, Any]]) -> None:
+    from rich.text import Text
+
+    console = out()
+
+    def line(name: str, text: str, style: str = "") -> None:
+        console.print(Text.assemble((f"{name:<14}", "bold"), (text, style)), soft_wrap=True)
+
+    for name, version in facts["versions"].items():
+        line(name, version or "not installed", "" if version else "red")
+    line("device", facts["device"] + (", bf16" if facts["bf16"] else ""))
+    line("threads", f"{facts['threads']} of {facts['cpus']} cpus")
+    line("free space", f"{facts['free_gb']} GB here")
+    line("nano", ", ".join(facts["nano"]) or "no weights shipped")
+    for extra, packages in facts["extras"].items():
+        have = [f"{name} {version}" for name, version in packages.items() if version]
+        missing = [name for name, version in packages.items() if not version]
+        text = ", ".join(have)
+        if missing:
+            text += f"{'; ' if have else ''}without {', '.join(missing)}"
+            text += f": pip install 'reftune[{extra}]'"
+        line(f"extra {extra}", text, "" if have else "dim")
+    for check in checks:
+        mark, style = ("ok", "green") if check["passed"] else ("FAILED", "bold red")
+        console.print(
+            Text.assemble((f"{mark:<8}", style), (f"{check['name']:<12}", "bold"), check["detail"]),
+            soft_wrap=True,
+        )

@@ -1,0 +1,123 @@
+"""`reftune generate`: answers to prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import typer
+
+from reftune.cli.common import JsonFlag, load_any, out, print_json, progress, read_prompts
+from reftune.errors import RecipeError
+
+
+def generate(
+    model: Annotated[str, typer.Argument(help="Base model, adapter, stack or run folder.")],
+    prompts: Annotated[
+        list[str] | None, typer.Argument(metavar="[PROMPT]...", help='Prompts; "-" reads stdin.')
+    ] = None,
+    file: Annotated[
+        str | None, typer.Option("--file", "-f", help="One prompt a line, or a .jsonl file.")
+    ] = None,
+    template: Annotated[
+        str | None, typer.Option(help='Put around each prompt: "Question: {prompt} Answer:".')
+    ] = None,
+    chat: Annotated[
+        bool, typer.Option("--chat", help="Render prompts with the tokenizer's chat template.")
+    ] = False,
+    base: Annotated[
+        bool, typer.Option("--base", help="Also answer with the adapter switched off.")
+    ] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
+    temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of sampling.")] = 1.0,
+    top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens to sample from.")] = 0,
+    samples: Annotated[int, typer.Option(min=1, help="Answers a prompt.")] = 1,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends an answer. Repeatable.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 32,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    json_: JsonFlag = False,
+) -> None:
+    """Answer prompts with a base model or anything trained on it.
+
+    Examples:
+
+        reftune generate runs/demo "Question: Ben has 3 pears and buys 4. How many? Answer:"
+        reftune generate runs/demo --base --file prompts.txt
+        echo "Once upon a time" | reftune generate nano - --temperature 0.8 --samples 3
+    """
+    asked = _shaped(read_prompts(prompts or [], file), template, chat)
+    if samples > 1 and temperature == 0:
+        raise RecipeError(f"{samples} greedy answers are all the same.", "Set --temperature 0.8.")
+    settings = {
+        "max_new_tokens": max_new_tokens,
+        "batch_size": batch_size,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "samples": samples,
+        "seed": seed,
+        "stop": stop or [],
+    }
+    rows = _answers(model, asked, settings, base)
+    if json_:
+        print_json({"model": model, "settings": settings, "outputs": rows})
+    else:
+        _show(rows)
+
+
+def _answers(
+    model: str, prompts: list[Any], settings: dict[str, Any], base: bool
+) -> list[dict[str, Any]]:
+    """Return prompt and answers, and the base model's answers if they are wanted."""
+    from reftune.inference.generate import generate as answer
+
+    loaded, tokenizer = load_any(model)
+    plain = None
+    with progress("generate", show=len(prompts) > 1) as report:
+        texts = answer(loaded, tokenizer, prompts, progress=report or False, **settings)
+        if base:
+            from reftune.model import off
+
+            with off(loaded):
+                plain = answer(loaded, tokenizer, prompts, progress=report or False, **settings)
+    return [
+        {"prompt": prompt, "texts": texts[i], **({"base": plain[i]} if plain else {})}
+        for i, prompt in enumerate(prompts)
+    ]
+
+
+def _shaped(prompts: list[Any], template: str | None, chat: bool) -> list[Any]:
+    """Put prompts into a template, or make chats of them."""
+    if template is not None:
+        if "{prompt}" not in template:
+            raise RecipeError(f'The template "{template}" has no place.', "Write {prompt} in it.")
+        prompts = [
+            template.replace("{prompt}", item) if isinstance(item, str) else item
+            for item in prompts
+        ]
+    if chat:
+        prompts = [
+            [{"role": "user", "content": item}] if isinstance(item, str) else item
+            for item in prompts
+        ]
+    return prompts
+
+
+def _show(rows: list[dict[str, Any]]) -> None:
+    """Print answers alone where there is one prompt, else prompt and answers."""
+    from rich.text import Text
+
+    console = out()
+    for row in rows:
+        if len(rows) > 1:
+            shown = (
+                row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
+            )
+            console.print(Text(shown, style="dim"))
+        for text in row.get("base", []):
+            console.print(Text.assemble(("base     ", "dim"), text))
+        for text in row["texts"]:
+            label = [("adapter  ", "bold green")] if "base" in row else []
+            console.print(Text.assemble(*label, text.strip("\n")))

@@ -1,0 +1,104 @@
+"""Switching, scaling and mixing attached adapters, and saying where prompts end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor, nn
+
+from reftune.model.call import Inputs
+from reftune.model.lookup import calls, check_known, sites
+from reftune.model.site import Site
+
+
+def use(model: nn.Module, names: str | Sequence[str]) -> None:
+    """Make one or several adapters active; their edits add up.
+
+    Raises:
+        AdapterError: If a name is unknown.
+    """
+    names = [names] if isinstance(names, str) else list(names)
+    check_known(model, names)
+    for site in sites(model):
+        site._active_adapter = list(names)
+        for name in site.adapters():
+            for module in site.groups(name).values():
+                module.requires_grad_(name in names)
+
+
+def set_strength(model: nn.Module, name: str, value: float) -> None:
+    """Scale an adapter's edits: h' = h + value · delta. 1 as trained, 0 off."""
+    check_known(model, [name])
+    for site in sites(model):
+        if name in site.strength:
+            site.strength[name] = float(value)
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch all adapters off, ours and PEFT's: bit-identical to the base model inside."""
+    ours = sites(model)
+    before = [site._disable_adapters for site in ours]
+    foreign = [
+        m for m in model.modules() if "_disable_adapters" in vars(m) and not isinstance(m, Site)
+    ]
+    foreign += [
+        m
+        for m in model.modules()
+        if hasattr(type(m), "_disable_adapters") and m not in foreign and not isinstance(m, Site)
+    ]
+    states = [m._disable_adapters for m in foreign]
+    for module in (*ours, *foreign):
+        module._disable_adapters = True
+    try:
+        yield model
+    finally:
+        for module, state in zip((*ours, *foreign), (*before, *states)):
+            module._disable_adapters = state
+
+
+@contextmanager
+def mix(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
+    """Give each row of the batches inside its own adapter; `__base__` means none."""
+    check_known(model, names)
+    stacks = calls(model)
+    before = [call.rows for call in stacks]
+    for call in stacks:
+        call.rows = tuple(names)
+    try:
+        yield model
+    finally:
+        for call, rows in zip(stacks, before):
+            call.rows = rows
+
+
+@contextmanager
+def prompt_scope(
+    model: nn.Module,
+    prompt_lens: Tensor | None = None,
+    *,
+    labels: Tensor | None = None,
+    intervention_mask: Tensor | None = None,
+    subject_positions: Tensor | None = None,
+    subspaces: Sequence | None = None,
+) -> Iterator[nn.Module]:
+    """Say where the prompts end, for plain forward passes inside.
+
+    Args:
+        model: The model with adapters; without any, this does nothing.
+        prompt_lens: Real prompt tokens of each row `[B]`.
+        labels: Instead: the prompt is what stands before the first label other than -100 `[B, T]`.
+        intervention_mask: Explicit edit columns `[B, T]` for the rule `mask`.
+        subject_positions: Place of the subject's last token `[B]` for the rule `subject_last`.
+        subspaces: Subspace dimensions per row.
+    """
+    stacks = calls(model)
+    before = [call.said for call in stacks]
+    for call in stacks:
+        call.said = Inputs(labels, prompt_lens, intervention_mask, subject_positions, subspaces)
+    try:
+        yield model
+    finally:
+        for call, said in zip(stacks, before):
+            call.said = said

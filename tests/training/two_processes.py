@@ -1,0 +1,60 @@
+"""What test_train_distributed runs, alone or in each of two processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from tiny import tiny_llama, tiny_tokenizer
+
+
+def walk(out: Path, micro: int, count: int) -> None:
+    """Train on `count` rows, 8 a step, and save losses and weights."""
+    from reftune import objectives
+    from reftune.config.recipe import AdapterSpec, OptimiserSpec, StageSpec
+    from reftune.model.build import apply_adapter
+    from reftune.tasks.base import Example
+    from reftune.training.arguments import arguments
+    from reftune.training.collate import Collator
+    from reftune.training.encode import encode_all
+    from reftune.training.processes import is_main_process, world_size
+    from reftune.training.trainer import ReftTrainer
+
+    examples = [Example(str(i), f"{i}+{i}=", f" {2 * i}", "") for i in range(count)]
+    tokenizer = tiny_tokenizer()
+    rows = encode_all(examples, tokenizer, 64)
+    model = apply_adapter(tiny_llama(), AdapterSpec(options={"rank": 2}, positions="f2+l2"), 0)
+    optimiser = OptimiserSpec(lr=5e-3)
+    sizes = {"epochs": 2, "batch_size": 8, "micro_batch_size": micro, "evaluate_every": 2}
+    stage = StageSpec(optimiser=optimiser, **sizes)
+    args = arguments(stage, out / f"ck{count}", len(rows), seed=1, num_validation=len(rows))
+    objective = objectives.get("sft")()
+    trainer = ReftTrainer(model, args, objective, rows, rows, Collator.of(tokenizer))
+    trainer.train()
+    if is_main_process():
+        values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+        for key in ("loss", "eval_loss", "tokens"):
+            found = [line[key] for line in trainer.state.log_history if key in line]
+            values[key] = torch.tensor(found, dtype=torch.float64)
+        values["world"] = torch.tensor(world_size())
+        save_file(values, str(out / f"{count}.safetensors"))
+
+
+def main() -> None:
+    """Walk with 22 and 17 rows, then run a recipe."""
+    from reftune.config.loader import load
+    from reftune.training.stages import train
+
+    torch.set_num_threads(1)
+    out = Path(sys.argv[1])
+    for count in (22, 17):
+        walk(out, 2, count)
+    train(load(sys.argv[2]), progress=False)
+    (out / f"done{os.environ['RANK']}").touch()
+
+
+if __name__ == "__main__":
+    main()
