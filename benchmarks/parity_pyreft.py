@@ -5,10 +5,10 @@
 2. Loss over 50 steps from equal init, AdamW without weight decay, R fixed: W and b are the same
    numbers in both, so the curves agree to rounding (1e-4).
 3. The same with R trained. pyreft learns R through Householder reflections on a fixed d x d base,
-   reftune through the QR of a free matrix F. A reflection turns R by twice the change of its vector,
-   and the QR's answer to a change of F goes with 1/|F|; so F starts at R/2 here (its QR is R), and
-   both turn R equally fast. Adam still works in other coordinates: at most 5 % of what the loss
-   fell. (Started at F = R, reftune's R learns half as fast at the same learning rate.)
+   reftune through the QR of a free matrix F. A reflection turns R by twice the change of its
+   vector, and the QR's answer to a change of F goes with 1/|F|; so F starts at R/2 here (its QR is
+   R), and both turn R equally fast. Adam still works in other coordinates: at most 5 % of what the
+   loss fell. (Started at F = R, reftune's R learns half as fast at the same learning rate.)
 
 pyreft's prompts count their "last" token one too early in its data modules and its collator adds a
 padding token; here both get the same places explicitly, so neither matters.

@@ -9,7 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import torch
@@ -161,7 +161,7 @@ FEW = ("llama", "gpt2", "modernbert", "t5")
 CAUSAL = tuple(name for name, arch in ARCHITECTURES.items() if arch.kind == "causal")
 
 
-@lru_cache(maxsize=None)
+@cache
 def _original(name: str) -> nn.Module:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(7)

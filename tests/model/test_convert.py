@@ -4,12 +4,12 @@ import json
 
 import pytest
 import torch
-from tests.tiny import tiny_llama
 
 import reftune
 from reftune.errors import AdapterError
 from reftune.model.adapters import sites
 from reftune.model.convert import convert_pyreft, read_pyreft
+from tests.tiny import tiny_llama
 
 DIM, RANK = 32, 3
 

@@ -53,7 +53,9 @@ def test_order_of_use_makes_no_difference_and_switching_is_exact():
     ids, mask = batch()
     use(model, "a")
     only_a = forward(model, ids, mask)
-    assert torch.equal(only_a, forward(attached(build("llama"), "loreft", positions="f2+l1"), ids, mask))
+    assert torch.equal(
+        only_a, forward(attached(build("llama"), "loreft", positions="f2+l1"), ids, mask)
+    )
     use(model, ["a", "b"])
     both = forward(model, ids, mask)
     use(model, ["b", "a"])
@@ -112,7 +114,7 @@ def test_mixed_rows_equal_each_row_alone(door):
         single = model
     else:
         model = wrapped(build("llama"), "loreft", name="a", positions="f2+l1")
-        from reftune import ReftConfig, RedConfig
+        from reftune import RedConfig, ReftConfig
 
         model.add_adapter("b", ReftConfig(RedConfig(), positions="all"))
         from contracts.equations import disturb
@@ -222,7 +224,9 @@ def subspace_model(method="loreft"):
     return attached(build("llama"), method, positions="l2", layers="1", rank=4).train()
 
 
-@pytest.mark.parametrize("method", ["loreft", "direft", "direft_orth", "noreft", "lobireft", "consreft"])
+@pytest.mark.parametrize(
+    "method", ["loreft", "direft", "direft_orth", "noreft", "lobireft", "consreft"]
+)
 @torch.no_grad()
 def test_only_selected_dimensions_act(method):
     model = subspace_model(method).eval()

@@ -165,9 +165,7 @@ def test_packed_documents_equal_the_documents_alone(training):
     prompts = (4, 3, 2)
     items, ids, positions, labels = packed(prompts)
     with captured(model) as records, torch.no_grad():
-        output = model(
-            input_ids=ids, position_ids=positions, labels=labels, use_cache=False
-        )
+        output = model(input_ids=ids, position_ids=positions, labels=labels, use_cache=False)
         logits = output.logits[0]
     places, start = [], 0
     for item, n in zip(items, prompts):

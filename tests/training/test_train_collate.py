@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from reftune.errors import DataError
-from reftune.training.collate import Collator, Order, Padded, prepare
+from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
 from reftune.training.encode import Encoded
 
 
@@ -76,4 +76,11 @@ def test_order_fills_up_at_the_end_only():
     alone, shared = Order(10, seed=3), Order(10, multiple_of=8, seed=3)
     assert list(shared)[:10] == list(alone) and list(shared)[10:] == list(range(10, 16))
     padded = Padded([row(5)] * 10)
-    assert len(padded) == 10 and padded[9].labels != [-100] and padded[12].labels == [-100]
+    assert len(padded) == 10 and 5 in padded[9].labels and set(padded[12].labels) == {-100}
+
+
+def test_tokens_of_blank_rows_do_not_count():
+    rows = Padded([row(5)])
+    assert int(count_tokens(Collator()([rows[0], rows[1]]))) == 5
+    rows = Padded([row(5, class_label=0.5)])
+    assert int(count_tokens(Collator()([rows[0], rows[1]]))) == 5

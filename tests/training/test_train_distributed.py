@@ -68,6 +68,9 @@ def test_two_processes_equal_one(recipe, with_stage, tmp_path):
         assert_close(a, b)
     assert {p.name for p in two.glob("done*")} == {"done0", "done1"}
 
+    a, b = (two / n / "adapter_model.safetensors" for n in ("plain", "sharded"))
+    assert a.read_bytes() == b.read_bytes()
+
     train(plain, progress=False)
     folders = [Path(recipe.output) / name for name in (plain.name, "shared")]
     assert_close(*(load_file(f / "adapter" / "adapter_model.safetensors") for f in folders))

@@ -181,5 +181,8 @@ def test_view_shows_edited_and_learned_tokens():
 
 
 def test_blank_row_learns_nothing():
-    row = blank(encode(example(label=1), TOKENIZER, 32))
-    assert row.labels == [IGNORE] and len(row) == 1
+    row = encode(example(), TOKENIZER, 32)
+    empty = blank(row)
+    assert set(empty.labels) == {IGNORE} and empty.input_ids == row.input_ids
+    assert blank(encode(example(label=1), TOKENIZER, 32, kind="classification")).class_label == -100
+    assert set(blank(encode(example(), TOKENIZER, 32, kind="seq2seq")).decoder_labels) == {IGNORE}

@@ -103,7 +103,7 @@ def start(path):
 
 @pytest.mark.slow
 def test_killed_and_resumed_is_bit_equal(recipe, with_stage, tmp_path):
-    long = with_stage(recipe, epochs=200, checkpoint_every=7, evaluate_every=10)
+    long = with_stage(recipe, epochs=60, checkpoint_every=7, evaluate_every=10)
     long = replace(long, evaluation=EvaluationSpec(split="none"), name="whole")
     train(long, **QUIET)
     killed = replace(long, name="killed")

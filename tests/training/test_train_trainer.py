@@ -166,6 +166,17 @@ def test_a_loss_that_is_not_finite_stops_the_run(adapted, rows, trainer_for, tra
         assert all(torch.isfinite(p).all() for p in trained(model).values())
 
 
+def test_out_of_memory_says_what_to_lower(adapted, rows, trainer_for):
+    class Greedy(Sft):
+        def __call__(self, run, prepared, num_items):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    trainer = trainer_for(adapted(), rows, micro_batch_size=4)
+    trainer.objective = Greedy()
+    with pytest.raises(TrainingError, match=r"step 1 with 4 rows.*Lower micro_batch_size"):
+        trainer.train()
+
+
 class StopAt(TrainerCallback):
     """Breaks a run off, as a crash would."""
 
@@ -362,3 +373,26 @@ def test_token_count_and_metrics_are_logged(adapted, rows, trainer_for):
     lines = [line for line in trainer.state.log_history if "loss" in line]
     assert lines[-1]["tokens"] == sum(len(row) for row in rows.rows)
     assert all(0 <= line["token_accuracy"] <= 1 for line in lines)
+
+
+def test_an_encoder_decoder_learns(trainer_for, tokenizer):
+    from conftest import sums
+    from transformers import T5Config, T5ForConditionalGeneration
+
+    from reftune.config.recipe import AdapterSpec
+    from reftune.model.build import apply_adapter
+    from reftune.training.encode import encode_all
+
+    torch.manual_seed(0)
+    config = T5Config(
+        vocab_size=64, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        decoder_start_token_id=0, pad_token_id=0, eos_token_id=2, dropout_rate=0.0,
+    )  # fmt: skip
+    model = apply_adapter(
+        T5ForConditionalGeneration(config), AdapterSpec(options={"rank": 2}, positions="f2+l2"), 0
+    )
+    split = encode_all(sums(0, 16), tokenizer, 32, kind="seq2seq")
+    trainer = trainer_for(model, split, lr=0.05, epochs=8)
+    trainer.train()
+    curve = losses(trainer)
+    assert curve[-1] < curve[0]

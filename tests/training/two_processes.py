@@ -43,8 +43,47 @@ def walk(out: Path, micro: int, count: int) -> None:
         save_file(values, str(out / f"{count}.safetensors"))
 
 
+def sharded(out: Path) -> None:
+    """Take one gradient under FSDP2 by hand and save the adapter with and without shards."""
+    from torch.distributed.fsdp import fully_shard
+
+    from reftune import objectives
+    from reftune.config.recipe import AdapterSpec
+    from reftune.model.build import apply_adapter
+    from reftune.model.checkpoint import save_adapter
+    from reftune.model.run import Runner
+    from reftune.tasks.base import Example
+    from reftune.training.collate import Collator, prepare
+    from reftune.training.encode import encode_all
+    from reftune.training.processes import gathered, is_main_process, shards
+
+    rank, count = int(os.environ["RANK"]), 4
+    examples = [Example(str(i), f"{i}+{i}=", f" {2 * i}", "") for i in range(2 * count)]
+    rows = encode_all(examples, tiny_tokenizer(), 64).rows
+    whole = prepare(Collator()(rows))
+    mine = prepare(Collator()(rows[rank * count : (rank + 1) * count]))
+    spec, objective = AdapterSpec(options={"rank": 2}, positions="f2+l2"), objectives.get("sft")()
+    plain, split = (apply_adapter(tiny_llama(), spec, 0).train() for _ in range(2))
+    for block in split.get_base_model().model.layers:
+        fully_shard(block)
+    fully_shard(split)
+    assert len(shards(split)) == 3 and not shards(plain)
+    items = objective.count(whole)
+    objective(Runner(plain), whole, items).loss.backward()
+    (objective(Runner(split), mine, items).loss * 2).backward()
+    wanted = {n: p.grad for n, p in plain.named_parameters() if p.requires_grad}
+    found = {n: p.grad.full_tensor() for n, p in split.named_parameters() if p.requires_grad}
+    assert wanted.keys() == found.keys() and wanted
+    for name, gradient in wanted.items():
+        assert torch.allclose(gradient, found[name], atol=1e-6), name
+    with gathered(split):
+        if is_main_process():
+            save_adapter(split, out / "sharded")
+            save_adapter(plain, out / "plain")
+
+
 def main() -> None:
-    """Walk with 22 and 17 rows, then run a recipe."""
+    """Walk with 22 and 17 rows, shard a model, then run a recipe."""
     from reftune.config.loader import load
     from reftune.training.stages import train
 
@@ -52,6 +91,7 @@ def main() -> None:
     out = Path(sys.argv[1])
     for count in (22, 17):
         walk(out, 2, count)
+    sharded(out)
     train(load(sys.argv[2]), progress=False)
     (out / f"done{os.environ['RANK']}").touch()
 

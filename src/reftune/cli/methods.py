@@ -38,14 +38,16 @@ def methods(
         return
     from rich.text import Text
 
-    table = _table("name", "kind", "what", "source", "file", "recipe", "status")
+    table = _table("name", "kind", "status", "what")
     for number, method in enumerate(found):
         if number and found[number - 1].system and not method.system:
             table.add_section()
         style = "" if method.status == "available" else "dim"
-        cells = [method.name, method.kind, f"{method.title}: {method.about}", method.source]
-        cells += [method.file, method.recipe, method.status]
-        table.add_row(*(Text(cell, style=style) for cell in cells))
+        where = " · ".join(part for part in (method.source, method.file, method.recipe) if part)
+        what = Text(f"{method.title}: {method.about}\n", style=style) + Text(where, style="dim")
+        table.add_row(
+            *(Text(cell, style=style) for cell in (method.name, method.kind, method.status)), what
+        )
     out().print(table)
 
 

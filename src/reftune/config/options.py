@@ -20,7 +20,7 @@ class LoraOptions:
     """Numerator of the scale alpha / rank."""
     dropout: float = 0.0
     """Dropout on the input of the update."""
-    targets: list[str] | str = "q_proj and v_proj"
+    targets: list[str] | str | None = None
     """Linear modules, `[q_proj, v_proj]` or `all-linear`. Default: query and value projections."""
 
     def __post_init__(self) -> None:

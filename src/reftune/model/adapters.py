@@ -96,9 +96,9 @@ class Placement:
         Raises:
             AdapterError: If an untied adapter has no prefix and suffix terms, or further terms.
         """
+        rules = self.rules()
         if self.tied:
             return ("tied",)
-        rules = self.rules()
         for rule in (rules.inference, rules.training):
             rest = str(PositionRule(prefix=rule.prefix, suffix=rule.suffix))
             if len(rule.groups) != 2 or rest != str(rule):

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from reftune.config.options import LoraOptions
 from reftune.config.recipe import AdapterSpec, ModelSpec
 from reftune.errors import AdapterError, ModelError, nearest
 from reftune.model.names import is_embedded
 
 FOREIGN = ("lora", "full", "head_only")
 """Trainable parts that are not interventions."""
-LORA_DEFAULTS: dict[str, Any] = {
-    "rank": 8,
-    "alpha": 16,
-    "dropout": 0.0,
-    "targets": ["q_proj", "v_proj"],
-}
+QUERY_AND_VALUE = ("q_proj", "v_proj")
 HEAD_NAMES = ("score", "classifier", "lm_head", "embed_out")
 
 
@@ -47,6 +43,7 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
     Raises:
         ModelError: If it cannot be found or loaded; the message says where it was looked for.
     """
+    from safetensors import SafetensorError
     from transformers import AutoTokenizer
 
     spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
@@ -70,7 +67,7 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
     try:
         tokenizer = AutoTokenizer.from_pretrained(place, **remote)
         model = _auto_class(spec, num_labels).from_pretrained(place, **kwargs, **remote)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
             "Give nano, a folder with config.json and weights, or a hub name (needs the network).",
@@ -181,21 +178,19 @@ def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     from reftune.model.layers import parse_layers
     from reftune.model.sites import find_blocks
 
+    known = {item.name for item in fields(LoraOptions)}
     for key in spec.options:
-        if key not in LORA_DEFAULTS:
-            raise AdapterError(f'lora has no setting "{key}".', nearest(key, LORA_DEFAULTS))
-    options = {**LORA_DEFAULTS, **spec.options}
-    targets = options["targets"]
+        if key not in known:
+            raise AdapterError(f'lora has no setting "{key}".', nearest(key, known))
+    options = LoraOptions(**spec.options)
     layers = None
     if spec.layers != "all":
         layers = parse_layers(spec.layers, len(find_blocks(model).modules))
-    if "targets" not in spec.options:
-        targets = _attention_targets(model, targets)
     config = LoraConfig(
-        r=options["rank"],
-        lora_alpha=options["alpha"],
-        lora_dropout=options["dropout"],
-        target_modules=targets,
+        r=options.rank,
+        lora_alpha=options.alpha,
+        lora_dropout=options.dropout,
+        target_modules=options.targets or _attention_targets(model),
         layers_to_transform=layers,
         **_task_of(model),
     )
@@ -207,10 +202,10 @@ def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
         ) from error
 
 
-def _attention_targets(model: nn.Module, default: list[str]) -> Any:
+def _attention_targets(model: nn.Module) -> list[str] | None:
     """Return query and value projections, or PEFT's own choice where they are named otherwise."""
     names = {name.split(".")[-1] for name, _ in model.named_modules()}
-    return default if set(default) <= names else None
+    return list(QUERY_AND_VALUE) if set(QUERY_AND_VALUE) <= names else None
 
 
 def _plain(model: nn.Module, spec: AdapterSpec) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,23 +16,12 @@ from typing import Any
 
 from torch import nn
 
-from reftune.errors import AdapterError, ModelError
-from reftune.model.names import public_name
+from reftune.errors import AdapterError, ModelError, ReftuneError
+from reftune.model.levels import active_of, base_name, kind_of, levels, model_card
 
 STACK = "stack.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
-
-
-def levels(model: nn.Module) -> list[nn.Module]:
-    """Return the PEFT wrappers of a model, innermost (nearest to the base) first."""
-    from peft import PeftModel
-
-    found = []
-    while isinstance(model, PeftModel):
-        found.append(model)
-        model = model.base_model.model if hasattr(model.base_model, "model") else model.base_model
-    return found[::-1]
 
 
 def save_adapter(
@@ -50,6 +40,7 @@ def save_adapter(
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    temporary.chmod(_folder_mode())  # mkdtemp's own shuts out everybody else
     try:
         _write(model, temporary, figures or {})
         _replace_folder(temporary, folder)
@@ -57,6 +48,12 @@ def save_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def _folder_mode() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return 0o777 & ~mask
 
 
 def _replace_folder(new: Path, final: Path) -> None:
@@ -70,7 +67,8 @@ def _replace_folder(new: Path, final: Path) -> None:
     except OSError:
         os.replace(old / "old", final)
         raise
-    shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def _write(model: nn.Module, folder: Path, figures: dict[str, Any]) -> None:
@@ -81,30 +79,12 @@ def _write(model: nn.Module, folder: Path, figures: dict[str, Any]) -> None:
     if len(parts) == 1:
         _write_level(parts[0], folder, None)
     else:
-        order = [_kind(part) for part in parts]
+        order = [kind_of(part) for part in parts]
         for part, kind, below in zip(parts, order, [None, *order]):
             _write_level(part, folder / kind, below)
-        text = json.dumps({"order": order, "base": _base_name(parts[0])}, indent=2)
+        text = json.dumps({"order": order, "base": base_name(parts[0])}, indent=2)
         (folder / STACK).write_text(text + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(_card(parts, figures), encoding="utf-8")
-
-
-def _kind(level: nn.Module) -> str:
-    kind = str(level.peft_config[_active(level)].peft_type.value).lower()
-    return "reft" if kind == "reftune" else kind
-
-
-def _active(level: nn.Module) -> str:
-    active = level.active_adapter
-    return active if isinstance(active, str) else active[0]
-
-
-def _base_name(level: nn.Module) -> str | None:
-    config = level.peft_config[_active(level)]
-    name = config.base_model_name_or_path
-    if not name:
-        name = getattr(getattr(level.get_base_model(), "config", None), "_name_or_path", None)
-    return public_name(name)
+    (folder / "README.md").write_text(model_card(parts, figures), encoding="utf-8")
 
 
 def _write_level(level: nn.Module, folder: Path, below: str | None) -> None:
@@ -115,8 +95,8 @@ def _write_level(level: nn.Module, folder: Path, below: str | None) -> None:
     from reftune.model.site import CHILD
 
     folder.mkdir(parents=True, exist_ok=True)
-    name = _active(level)
-    kind = _kind(level)
+    name = active_of(level)
+    kind = kind_of(level)
     tensors = get_peft_model_state_dict(level, adapter_name=name, save_embedding_layers=False)
     tensors = {
         key: value.detach().cpu().contiguous().clone()
@@ -125,7 +105,7 @@ def _write_level(level: nn.Module, folder: Path, below: str | None) -> None:
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
     config = level.peft_config[name].to_dict()
-    config.update(inference_mode=True, base_model_name_or_path=_base_name(level))
+    config.update(inference_mode=True, base_model_name_or_path=base_name(level))
     config["target_modules"] = _plain_targets(config.get("target_modules"))
     if kind == "reft":
         config["stacked_on"] = below
@@ -141,36 +121,6 @@ def _is_head(level: nn.Module, key: str) -> bool:
 
 def _plain_targets(targets: Any) -> Any:
     return sorted(targets) if isinstance(targets, set | frozenset) else targets
-
-
-def _card(parts: list[nn.Module], figures: dict[str, Any]) -> str:
-    """Return the model card of an artefact."""
-    lines = [
-        "---",
-        "library_name: peft",
-        f"base_model: {_base_name(parts[0])}",
-        "tags: [reftune]",
-        "---",
-        "",
-    ]
-    title = " + ".join(_describe_level(part) for part in parts)
-    lines += [f"# {title}", "", "```python", "import reftune", ""]
-    lines += ['model, tokenizer = reftune.load("PATH OR HUB NAME OF THIS FOLDER")', "```", ""]
-    if figures:
-        lines += ["| figure | value |", "|---|---|"]
-        lines += [f"| {key} | {value} |" for key, value in figures.items()]
-        lines.append("")
-    lines.append(
-        "Trained with [reftune](https://pypi.org/project/reftune/). With plain PEFT, `import reftune.peft` first."
-    )
-    return "\n".join(lines) + "\n"
-
-
-def _describe_level(level: nn.Module) -> str:
-    config = level.peft_config[_active(level)]
-    if _kind(level) != "reft":
-        return str(config.peft_type.value)
-    return f"{config.method} on layers {config.layers}, positions {config.positions}"
 
 
 def load_adapter(
@@ -192,10 +142,10 @@ def load_adapter(
     """
     folder = resolve_folder(path)
     if (folder / STACK).is_file():
-        order = _read_json(folder / STACK)
-        model, tokenizer = _base_for(order.get("base"), model, tokenizer, path)
-        for part in order["order"]:
-            model = _load_level(folder / part, model, trainable)
+        base, parts = _read_stack(folder)
+        model, tokenizer = _base_for(base, model, tokenizer, parts[0])
+        for part in parts:
+            model = _load_level(part, model, trainable)
         return model.eval(), tokenizer
     if not (folder / CONFIG).is_file():
         if (folder / "config.json").is_file() and model is None:
@@ -207,9 +157,7 @@ def load_adapter(
             "Give a folder written by reftune or PEFT, or a run folder.",
         )
     config = _read_json(folder / CONFIG)
-    model, tokenizer = _base_for(
-        config.get("base_model_name_or_path"), model, tokenizer, path, config
-    )
+    model, tokenizer = _base_for(config.get("base_model_name_or_path"), model, tokenizer, folder)
     return _load_level(folder, model, trainable).eval(), tokenizer
 
 
@@ -240,7 +188,8 @@ def _download(name: str) -> Path:
         return Path(snapshot_download(name))
     except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
         raise AdapterError(
-            f'"{name}" is no local folder and could not be fetched from the hub ({type(error).__name__}).',
+            f'"{name}" is no local folder and could not be fetched from the hub '
+            f"({type(error).__name__}).",
             "Check the name and the network.",
         ) from error
 
@@ -257,37 +206,66 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
+def _read_stack(folder: Path) -> tuple[str | None, list[Path]]:
+    """Return the base model's name and the folders of a stack, innermost first."""
+    values = _read_json(folder / STACK)
+    order = values.get("order")
+    if not isinstance(order, list) or not order:
+        raise AdapterError(f"{STACK} in {folder} names no adapters.", "Save the stack again.")
+    parts = [folder / str(part) for part in order]
+    for part in parts:
+        if not (part / CONFIG).is_file():
+            raise AdapterError(f"The stack {folder} lacks {part.name}/.", "Save the stack again.")
+    return values.get("base"), parts
+
+
 def _base_for(
-    name: str | None,
-    model: nn.Module | None,
-    tokenizer: Any,
-    path: Any,
-    config: dict[str, Any] | None = None,
+    name: str | None, model: nn.Module | None, tokenizer: Any, folder: Path
 ) -> tuple[nn.Module, Any]:
-    """Return the base model an artefact needs."""
+    """Return the base model the adapter in a folder needs."""
     if model is not None:
         return model, tokenizer
     if not name:
-        raise AdapterError(f'"{path}" does not say which base model it belongs to.', "Pass model=.")
+        raise AdapterError(f'"{folder}" does not say which base model it needs.', "Pass model=.")
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
 
-    head = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(
-        (config or {}).get("task_type"), "causal"
-    )
+    task = _read_json(folder / CONFIG).get("task_type")
+    head = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(task, "causal")
+    num_labels = _num_labels(folder) if head == "classification" else None
     try:
-        return load_base(ModelSpec(name=name, head=head))
+        return load_base(ModelSpec(name=name, head=head), num_labels)
     except ModelError as error:
         raise AdapterError(
-            f'The base model of "{path}" is not available: {error.what}', "Pass model=."
+            f'The base model of "{folder}" is not available: {error.what}', "Pass model=."
+        ) from error
+
+
+def _num_labels(folder: Path) -> int | None:
+    """Return the classes of the classification head saved beside an adapter, if there is one."""
+    with _opened(folder) as file:
+        for key in file.keys():  # noqa: SIM118  (safetensors files are no mappings)
+            if re.search(r"\.(score|classifier|classifier\.out_proj)\.weight$", key):
+                return file.get_slice(key).get_shape()[0]
+    return None
+
+
+def _opened(folder: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(folder / WEIGHTS, framework="pt")
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(
+            f"The weights in {folder} cannot be read: {error}.", "Save the adapter again."
         ) from error
 
 
 def _load_level(folder: Path, model: nn.Module, trainable: bool) -> nn.Module:
     from peft import PeftModel
-    from safetensors import SafetensorError, safe_open
 
     import reftune.model.face  # noqa: F401  (registers the PEFT type)
+    from reftune.model.adapters import adapter_names, discard
 
     config = _read_json(folder / CONFIG)
     known = _known_peft_types()
@@ -296,21 +274,21 @@ def _load_level(folder: Path, model: nn.Module, trainable: bool) -> nn.Module:
             f'{folder} holds a "{config.get("peft_type")}" adapter, which this PEFT does not know.',
             f"Known: {', '.join(known)}.",
         )
-    try:
-        with safe_open(folder / WEIGHTS, framework="pt") as file:
-            saved = set(file.keys())
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"The weights in {folder} cannot be read: {error}.", "Save the adapter again."
-        ) from error
+    with _opened(folder) as file:
+        saved = set(file.keys())
+    before = adapter_names(model)
     try:
         loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
-    except (RuntimeError, ValueError, TypeError, KeyError) as error:
+        _check_complete(loaded, saved, folder)
+    except (RuntimeError, ValueError, TypeError, KeyError, ReftuneError) as error:
+        for name in set(adapter_names(model)) - set(before):
+            discard(model, name)
+        if isinstance(error, ReftuneError):
+            raise
         raise AdapterError(
             f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]}",
             "Load it on the model it was trained on.",
         ) from error
-    _check_complete(loaded, saved, folder)
     return loaded
 
 
@@ -326,15 +304,15 @@ def _check_complete(model: nn.Module, saved: set[str], folder: Path) -> None:
     from reftune.model.site import CHILD
 
     present = set(
-        get_peft_model_state_dict(model, adapter_name=_active(model), save_embedding_layers=False)
+        get_peft_model_state_dict(model, adapter_name=active_of(model), save_embedding_layers=False)
     )
-    ours = _kind(model) == "reft"
+    ours = kind_of(model) == "reft"
     present = {key for key in present if (f".{CHILD}." in key) == ours or key in saved}
     if present != saved:
         lost, missing = sorted(saved - present), sorted(present - saved)
         raise AdapterError(
-            f"The weights in {folder} do not match the adapter: {len(missing)} missing, {len(lost)} without a place"
-            f" (first: {(missing or lost)[0]}).",
+            f"The weights in {folder} do not match the adapter: {len(missing)} missing, "
+            f"{len(lost)} without a place (first: {(missing or lost)[0]}).",
             "The folder is damaged, or the base model differs from the one it was trained on.",
         )
 

@@ -71,12 +71,15 @@ def convert_pyreft(
     counts = {len(group) for group in by_layer.values()}
     if counts not in ({1}, {2}):
         raise AdapterError(
-            f"Layers of {folder} hold {sorted(counts)} interventions.", "Only one, or a prefix and a suffix, convert."
+            f"Layers of {folder} hold {sorted(counts)} interventions.",
+            "Only one, or a prefix and a suffix, convert.",
         )
     method, rank, tied = pieces[0].method, pieces[0].rank, counts == {1}
     base = load_base(model)[0] if isinstance(model, str) else model
     settings = get_method(method).Config(rank=rank)
-    config = ReftConfig(settings, method=method, layers=sorted(by_layer), positions=positions, tied=tied)
+    config = ReftConfig(
+        settings, method=method, layers=sorted(by_layer), positions=positions, tied=tied
+    )
     adapted = get_peft_model(base, config)
     worst = _fill(adapted, by_layer, tied)
     if worst > TOLERANCE:
@@ -86,8 +89,12 @@ def convert_pyreft(
         )
     save_adapter(adapted, out)
     return {
-        "method": method, "layers": sorted(by_layer), "rank": rank, "tied": tied,
-        "positions": positions, "largest_difference": worst,
+        "method": method,
+        "layers": sorted(by_layer),
+        "rank": rank,
+        "tied": tied,
+        "positions": positions,
+        "largest_difference": worst,
     }
 
 
@@ -99,15 +106,21 @@ def read_pyreft(folder: Path) -> list[Piece]:
     """
     files = sorted(folder.glob("intkey_*.bin")) if folder.is_dir() else []
     if not files:
-        raise AdapterError(f'"{folder}" holds no intkey_*.bin file.', "Give a folder written by pyreft's save.")
+        raise AdapterError(
+            f'"{folder}" holds no intkey_*.bin file.', "Give a folder written by pyreft's save."
+        )
     types = _types(folder)
     pieces = []
     for file in files:
         match = KEY.fullmatch(file.name)
         if match is None:
-            raise AdapterError(f"{file.name} is not named as pyreft names its files.", "Convert it by hand.")
+            raise AdapterError(
+                f"{file.name} is not named as pyreft names its files.", "Convert it by hand."
+            )
         if match[2] != "block_output":
-            raise AdapterError(f'{file.name} acts on "{match[2]}".', "Only block_output can be converted.")
+            raise AdapterError(
+                f'{file.name} acts on "{match[2]}".', "Only block_output can be converted."
+            )
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except Exception as error:
@@ -115,7 +128,9 @@ def read_pyreft(folder: Path) -> list[Piece]:
         method, tensors = _translate(state, file.name, types)
         pieces.append(Piece(int(match[1]), int(match[3]), method, tensors))
     if len({(piece.method, piece.rank) for piece in pieces}) != 1:
-        raise AdapterError(f"{folder} mixes methods or ranks.", "Convert folders with one method and one rank.")
+        raise AdapterError(
+            f"{folder} mixes methods or ranks.", "Convert folders with one method and one rank."
+        )
     return sorted(pieces, key=lambda piece: (piece.layer, piece.order))
 
 
@@ -123,7 +138,9 @@ def _types(folder: Path) -> str:
     config = folder / "config.json"
     if not config.is_file():
         return ""
-    return " ".join(map(str, json.loads(config.read_text(encoding="utf-8")).get("intervention_types", [])))
+    return " ".join(
+        map(str, json.loads(config.read_text(encoding="utf-8")).get("intervention_types", []))
+    )
 
 
 def _translate(state: dict[str, Tensor], file: str, types: str) -> tuple[str, dict[str, Tensor]]:
@@ -132,10 +149,20 @@ def _translate(state: dict[str, Tensor], file: str, types: str) -> tuple[str, di
     state = {key: value.float() for key, value in state.items()}
     if keys == {"weight", "bias", "rotate_layer"}:
         rotation = state["rotate_layer"].T.contiguous()
-        return "loreft", {"reft_weight": state["weight"], "reft_bias": state["bias"], "reft_rotation": rotation}
+        return "loreft", {
+            "reft_weight": state["weight"],
+            "reft_bias": state["bias"],
+            "reft_rotation": rotation,
+        }
     free = {"proj_layer.weight", "learned_source.weight", "learned_source.bias"}
     if keys >= free and keys <= free | {"proj_layer.bias"}:
-        method = "noreft" if "NoreftIntervention" in types else "direft" if "NodireftIntervention" in types else None
+        method = (
+            "noreft"
+            if "NoreftIntervention" in types
+            else "direft"
+            if "NodireftIntervention" in types
+            else None
+        )
         dead_bias = method == "direft" or not state.get("proj_layer.bias", torch.zeros(1)).any()
         if method and dead_bias:
             return method, {

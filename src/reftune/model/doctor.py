@@ -61,27 +61,45 @@ def _run(model: nn.Module, placement: Placement, checks: list[Check]) -> None:
     blocks = find_blocks(model, placement.stack, placement.blocks)
     inner = ", ".join(linear_names(blocks.modules[0]))
     checks.append(
-        Check("blocks", True, f"{len(blocks.modules)} x {type(blocks.modules[0]).__name__}, width {blocks.dim}; {inner}")
+        Check(
+            "blocks",
+            True,
+            f"{len(blocks.modules)} x {type(blocks.modules[0]).__name__}, width {blocks.dim}; {inner}",
+        )
     )
     ids = _ids(model)
     before = _forward(model, ids)
     attach(model, LoreftConfig(rank=2, init="identity"), name=NAME, placement=placement)
     same = _difference(_forward(model, ids), before)
-    checks.append(Check("identity", same < 1e-3, f"identity init changes outputs by {same:.1e} of their size"))
+    checks.append(
+        Check("identity", same < 1e-3, f"identity init changes outputs by {same:.1e} of their size")
+    )
     with off(model):
         equal = torch.equal(_forward(model, ids), before)
-    checks.append(Check("off", equal, "bit-identical to the base model" if equal else "differs from the base model"))
+    checks.append(
+        Check(
+            "off",
+            equal,
+            "bit-identical to the base model" if equal else "differs from the base model",
+        )
+    )
     with torch.no_grad():
         for site in sites(model):
             for module in site.groups(NAME).values():
                 module.reft_bias.add_(1.0)
     edited = _difference(_forward(model, ids), before)
-    checks.append(Check("edit", edited > 1e-4, f"an edit changes outputs by {edited:.1e} of their size"))
+    checks.append(
+        Check("edit", edited > 1e-4, f"an edit changes outputs by {edited:.1e} of their size")
+    )
     checks.append(_padding(model, ids))
     checks.append(_gradients(model, ids))
     detach(model, NAME)
     equal = torch.equal(_forward(model, ids), before)
-    checks.append(Check("detach", equal, "nothing left behind" if equal else "outputs changed after detaching"))
+    checks.append(
+        Check(
+            "detach", equal, "nothing left behind" if equal else "outputs changed after detaching"
+        )
+    )
     checks.append(_save(model, placement, ids))
 
 
@@ -94,7 +112,11 @@ def _ids(model: nn.Module) -> Tensor:
 @torch.no_grad()
 def _forward(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
     mask = torch.ones_like(ids) if mask is None else mask
-    extra = {"decoder_input_ids": ids[:, :2]} if getattr(base_of(model).config, "is_encoder_decoder", False) else {}
+    extra = (
+        {"decoder_input_ids": ids[:, :2]}
+        if getattr(base_of(model).config, "is_encoder_decoder", False)
+        else {}
+    )
     return model(input_ids=ids, attention_mask=mask, **extra)[0]
 
 
@@ -113,20 +135,32 @@ def _padding(model: nn.Module, ids: Tensor) -> Check:
         out = out[:, : alone.shape[1]]
     gap = _difference(out, alone)
     limit = 1e-4 if alone.dtype == torch.float32 else 5e-2
-    return Check("padding", gap < limit, f"a padded row differs from the row alone by {gap:.1e} of its size")
+    return Check(
+        "padding", gap < limit, f"a padded row differs from the row alone by {gap:.1e} of its size"
+    )
 
 
 def _gradients(model: nn.Module, ids: Tensor) -> Check:
-    extra = {"decoder_input_ids": ids[:, :2]} if getattr(base_of(model).config, "is_encoder_decoder", False) else {}
+    extra = (
+        {"decoder_input_ids": ids[:, :2]}
+        if getattr(base_of(model).config, "is_encoder_decoder", False)
+        else {}
+    )
     with torch.enable_grad():
-        model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)[0].float().square().mean().backward()
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), **extra)[
+            0
+        ].float().square().mean().backward()
     without = [
         site.layer
         for site in sites(model)
         for module in site.groups(NAME).values()
         if module.reft_weight.grad is None or not module.reft_weight.grad.abs().sum() > 0
     ]
-    return Check("gradients", not without, f"blocks without gradient: {without}" if without else "reach every block")
+    return Check(
+        "gradients",
+        not without,
+        f"blocks without gradient: {without}" if without else "reach every block",
+    )
 
 
 def _save(model: nn.Module, placement: Placement, ids: Tensor) -> Check:
@@ -134,7 +168,9 @@ def _save(model: nn.Module, placement: Placement, ids: Tensor) -> Check:
     from reftune.model.checkpoint import load_adapter, save_adapter
     from reftune.model.face import ReftConfig, get_peft_model
 
-    config = ReftConfig(LoreftConfig(rank=2), positions=placement.positions, layers=placement.layers, task_type=None)
+    config = ReftConfig(
+        LoreftConfig(rank=2), positions=placement.positions, layers=placement.layers, task_type=None
+    )
     adapted = get_peft_model(model, config).eval()
     wanted = _forward(adapted, ids)
     with tempfile.TemporaryDirectory() as folder:

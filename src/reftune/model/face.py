@@ -104,11 +104,20 @@ class ReftConfig(PeftConfig):
         modules_to_save: list[str] | None = None,
         bias: str = "none",
         stacked_on: str | None = None,
-        **peft: Any,
+        task_type: str | None = TaskType.CAUSAL_LM,
+        peft_type: str | None = None,
+        auto_mapping: dict[str, Any] | None = None,
+        peft_version: str | None = None,
+        base_model_name_or_path: str | None = None,
+        revision: str | None = None,
+        inference_mode: bool = False,
     ) -> None:
-        peft.setdefault("task_type", TaskType.CAUSAL_LM)
-        peft["peft_type"] = PeftType(MEMBER)
-        super().__init__(**peft)
+        super().__init__(
+            task_type=task_type, peft_type=PeftType(MEMBER), auto_mapping=auto_mapping,
+            base_model_name_or_path=base_model_name_or_path, revision=revision,
+            inference_mode=inference_mode,
+        )  # fmt: skip
+        self.peft_version = peft_version or self.peft_version
         self.method, self.intervention = _method_of(intervention, method)
         self.layers = layers if isinstance(layers, str) else list(layers)
         self.site, self.positions, self.train_positions = site, str(positions), train_positions

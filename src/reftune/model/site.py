@@ -131,7 +131,7 @@ class Site(nn.Module):
         with _no_autocast(h):
             total = self._total(picked, weights, plan).to(h.dtype)
         out = total if index is None else full.scatter(1, columns, total)
-        return out.reshape(h.shape)
+        return out if out.shape == h.shape else out.reshape(h.shape)
 
     def _rows(self, h: Tensor) -> Tensor:
         """Return h as `[B, T, d]`; some modules work on all tokens of the batch in one row.
@@ -214,8 +214,8 @@ def site_hook(module: nn.Module, args: tuple, output: Any) -> Any:
 
 def _trace(call: Call, args: tuple) -> None:
     """Note a block's input in the forward pass; find its pass again when it is recomputed."""
-    if not args or not isinstance(args[0], Tensor):
-        return
+    if not args or not isinstance(args[0], Tensor) or torch.compiler.is_compiling():
+        return  # a compiled graph recomputes with the tensors it was traced with
     if torch._C._current_graph_task_id() != -1:
         call.recall(args[0])
     elif call.now.grad:

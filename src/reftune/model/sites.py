@@ -45,12 +45,14 @@ class Target:
 
 def base_of(model: nn.Module) -> nn.Module:
     """Return the transformers model inside PEFT wrappers (also nested ones)."""
-    while hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
-        model = model.get_base_model()
-    inner = getattr(model, "model", None)
-    if hasattr(model, "targeted_module_names") and isinstance(inner, nn.Module):
-        return base_of(inner)
-    return model
+    while True:
+        inner = getattr(model, "model", None)
+        if hasattr(model, "get_base_model") and hasattr(model, "peft_config"):
+            model = model.base_model  # get_base_model() fails once all adapters are deleted
+        elif hasattr(model, "targeted_module_names") and isinstance(inner, nn.Module):
+            model = inner
+        else:
+            return model
 
 
 def find_blocks(model: nn.Module, stack: str = "auto", blocks: str | None = None) -> Blocks:

@@ -224,3 +224,29 @@ def check_numbers(stage: StageSpec) -> None:
     wrong = [f"{name} must be {rule}" for name, rule in faults.items() if rule]
     if wrong:
         raise RecipeError("; ".join(wrong) + ".", "Mend the stage.")
+
+
+def check_arguments(args: TrainingArguments) -> None:
+    """Refuse arguments under which the Trainer would silently train something else.
+
+    Raises:
+        RecipeError: For label smoothing, dropped columns and nn.DataParallel.
+    """
+    if args.label_smoothing_factor:
+        raise RecipeError(
+            f"label_smoothing_factor is {args.label_smoothing_factor}. Label smoothing is not "
+            "supported: the Trainer would call the model without labels, so that positions could "
+            "not be told from the answer.",
+            "Set it to 0.",
+        )
+    if args.remove_unused_columns:
+        raise RecipeError(
+            "remove_unused_columns is on and would drop positions and subspaces from the rows.",
+            "Set remove_unused_columns=False.",
+        )
+    if args.n_gpu > 1:
+        raise RecipeError(
+            f"One process sees {args.n_gpu} GPUs; nn.DataParallel is not supported.",
+            f"Run: accelerate launch --num_processes {args.n_gpu} -m reftune train ..., or set "
+            "CUDA_VISIBLE_DEVICES to one GPU.",
+        )

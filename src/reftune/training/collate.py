@@ -94,6 +94,14 @@ def prepare(batch: dict[str, Any]) -> Prepared:
     )
 
 
+def count_tokens(batch: dict[str, Any]) -> Tensor:
+    """Return the real tokens of a batch, those of blank rows left out."""
+    labels = batch["labels"]
+    known = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
+    rows = known.reshape(len(labels), -1).any(1)
+    return (batch["attention_mask"] * rows[:, None]).sum()
+
+
 class Padded(Dataset):
     """Rows, followed by any number of blank rows without labels.
 

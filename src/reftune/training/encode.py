@@ -211,23 +211,16 @@ def encode_all(
 
 
 def blank(row: Encoded) -> Encoded:
-    """Return a one-token copy of a row without labels: fills the last batch of a process."""
+    """Return a copy of a row without labels: it fills the last batch of a process.
+
+    A whole copy, because position rules may refuse prompts that are too short.
+    """
     class_label = None
     if row.class_label is not None:
         class_label = float("nan") if isinstance(row.class_label, float) else IGNORE
-    decoder = None if row.decoder_labels is None else [IGNORE]
-    return replace(
-        row,
-        input_ids=row.input_ids[:1],
-        labels=[IGNORE],
-        prompt_len=1,
-        class_label=class_label,
-        decoder_labels=decoder,
-        intervention_mask=None if row.intervention_mask is None else [False],
-        subject=None if row.subject is None else 0,
-        token_types=None if row.token_types is None else row.token_types[:1],
-        id="",
-    )
+    decoder = None if row.decoder_labels is None else [IGNORE] * len(row.decoder_labels)
+    labels = [IGNORE] * len(row.labels)
+    return replace(row, labels=labels, class_label=class_label, decoder_labels=decoder)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from reftune.report.model import Figure, Report
+from reftune.training.processes import shards
 from reftune.training.stages import PLAIN
 
 if TYPE_CHECKING:
@@ -24,7 +25,9 @@ def conclude(run: Run) -> Report:
     figures: dict[str, Figure] = {}
     extra: dict[str, Any] = {}
     seconds = 0.0
-    if run.recipe.evaluation.split != "none":
+    if shards(run.model):
+        log.warning("sharded by FSDP2: not scored here. Run: reftune eval %s", run.folder.path)
+    elif run.recipe.evaluation.split != "none":
         after, before = _evaluations(run)
         seconds = after.seconds + (before.seconds if before else 0.0)
         for name, figure in after.figures.items():

@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import atexit
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from reftune.model.run import Prepared
+
+
+_ADAPTER_MARKS = ("reft_", "lora_", "modules_to_save")
 
 
 def world_size() -> int:
@@ -30,6 +37,42 @@ def _leave() -> None:
 
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def shards(model: nn.Module) -> list[Any]:
+    """Return the modules FSDP2 has sharded; none outside FSDP2."""
+    if world_size() == 1:
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
+    return [module for module in model.modules() if isinstance(module, FSDPModule)]
+
+
+@contextmanager
+def gathered(model: nn.Module, everything: bool = False) -> Iterator[None]:
+    """Hold whole tensors in place of FSDP2 shards for a while, to save. All processes must enter.
+
+    Args:
+        model: The model; without shards nothing happens.
+        everything: All parameters, not just those of adapters and heads.
+    """
+    import torch
+
+    replaced = []
+    for prefix, module in model.named_modules() if shards(model) else ():
+        for name, parameter in list(module._parameters.items()):
+            own = f"{prefix}.{name}"
+            wanted = everything or any(mark in own for mark in _ADAPTER_MARKS)
+            if not hasattr(parameter, "full_tensor") or not (wanted or parameter.requires_grad):
+                continue
+            whole = parameter.detach().full_tensor()
+            module._parameters[name] = torch.nn.Parameter(whole, parameter.requires_grad)
+            replaced.append((module, name, parameter))
+    try:
+        yield
+    finally:
+        for module, name, parameter in replaced:
+            module._parameters[name] = parameter
 
 
 def with_one_label(prepared: Prepared) -> Prepared:

@@ -155,8 +155,8 @@ def _check_plain(recipe: Recipe) -> None:
 def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:
     from transformers import set_seed
 
-    from reftune.training.processes import is_main_process
     from reftune.training.outcome import conclude
+    from reftune.training.processes import is_main_process
 
     data = load_data(recipe)
     set_seed(recipe.seed)  # before the model: a new classification head is drawn here
@@ -280,9 +280,9 @@ def _restore_stage(run: Run, index: int) -> None:
 
 def _train_stage(run: Run, index: int) -> None:
     from reftune.model.build import apply_adapter, trainable_summary
-    from reftune.training.processes import is_main_process
     from reftune.training.backward import set_checkpointing
     from reftune.training.callbacks import MetricsWriter
+    from reftune.training.processes import gathered, is_main_process
 
     recipe, stage = run.recipe, run.recipe.stages[index]
     if not continues(recipe, index):
@@ -299,9 +299,10 @@ def _train_stage(run: Run, index: int) -> None:
             getattr(callback, "close", lambda: None)()
         if stage.gradient_checkpointing:
             set_checkpointing(run.model, False)
-    if not is_main_process():
+    with gathered(run.model, everything=stage.adapter.method in PLAIN):
+        path = _save(run, index) if is_main_process() else None
+    if path is None:
         return
-    path = _save(run, index)
     summary = trainable_summary(run.model)
     run.folder.add_stage(
         {

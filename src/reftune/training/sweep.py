@@ -20,6 +20,7 @@ from reftune.config.recipe import Recipe
 from reftune.errors import DataError, RecipeError, TrainingError
 from reftune.report.files import plain, write_json_atomic, write_text_atomic
 from reftune.report.model import Figure, Report
+from reftune.training.processes import is_main_process
 
 if TYPE_CHECKING:
     from reftune.report.tables import Table
@@ -102,7 +103,7 @@ def sweep(
 
     Returns:
         The cells, best first, and the best recipe; also written as `sweep.json`, `sweep.md` and
-        `best.yaml` into `<output>/<name>/`.
+        `best.yaml` into `<output>/<name>/`. Under `accelerate launch` only on the main process.
 
     Raises:
         RecipeError: If the grid is empty or does not fit the recipe.
@@ -129,6 +130,8 @@ def sweep(
         _run(cell, own, metric, progress, f"{number}/{len(plan)}")
         for number, (cell, own) in enumerate(zip(plan, recipes, strict=True), 1)
     ]
+    if not is_main_process():  # only the main process has seen figures
+        return SweepResult(folder, metric, done, recipe)
     cells = ranked(done, metric)
     if cells[0].figure is None:
         raise TrainingError(
@@ -223,7 +226,8 @@ def _run(cell: Cell, recipe: Recipe, metric: str, progress: bool, number: str) -
     except TrainingError as error:
         log.warning("cell %s failed: %s", cell.name, error.what)
         return Cell(cell.name, cell.values, failure=error.what)
-    return Cell(cell.name, cell.values, _figure(report, metric))
+    figure = _figure(report, metric) if is_main_process() else None
+    return Cell(cell.name, cell.values, figure)
 
 
 def _figure(report: Report, metric: str) -> Figure:

@@ -25,11 +25,12 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 
-from reftune.errors import RecipeError, TrainingError
+from reftune.errors import TrainingError
 from reftune.model.run import Runner
 from reftune.training import checkpoints
+from reftune.training.arguments import check_arguments
 from reftune.training.backward import disable_input_grads
-from reftune.training.collate import Collator, Order, Padded, prepare
+from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
 from reftune.training.processes import leave_at_exit, with_one_label
 
 if TYPE_CHECKING:
@@ -75,7 +76,7 @@ class ReftTrainer(Trainer):
         keep_best: bool = False,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
-        _refuse(args)
+        check_arguments(args)
         if not any(p.requires_grad for p in model.parameters()):
             raise TrainingError(
                 "The model has no trainable parameters.",
@@ -145,7 +146,7 @@ class ReftTrainer(Trainer):
         if not batches:
             return batches, None
         items = sum(self.objective.count(prepare(batch)) for batch in batches)
-        tokens = sum(batch["attention_mask"].sum() for batch in batches)
+        tokens = sum(count_tokens(batch) for batch in batches)
         counts = self._over_processes(torch.stack([items, tokens]).to(device))
         self.tokens_seen = self.tokens_seen + counts[1]
         return batches, counts[0]
@@ -204,13 +205,18 @@ class ReftTrainer(Trainer):
         rows = train_dataset if train_dataset is not None else self.train_dataset
         args = self.args
         together = args.train_batch_size * args.world_size
-        order = Order(len(rows), together, args.seed if args.data_seed is None else args.data_seed)
-        steps = math.ceil(len(order) / (together * args.gradient_accumulation_steps))
+        seed = args.seed if args.data_seed is None else args.data_seed
+        order = Order(len(rows), together if args.world_size > 1 else 1, seed)
+        steps = math.ceil(len(rows) / (together * args.gradient_accumulation_steps))
         order.epoch = lambda: self.state.global_step // steps
         return order
 
     def _get_eval_sampler(self, eval_dataset: Any) -> Order:
-        return Order(len(eval_dataset), self.args.eval_batch_size * self.args.world_size)
+        args = self.args
+        return Order(
+            len(eval_dataset),
+            args.eval_batch_size * args.world_size if args.world_size > 1 else 1,
+        )
 
     def evaluation_loop(
         self,
@@ -331,6 +337,13 @@ class ReftTrainer(Trainer):
             if best is not None and best[0] != self.state.global_step:
                 log.info("keeping the weights of step %d, validation loss %.4f", *best)
                 self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
+        except torch.OutOfMemoryError as error:
+            raise TrainingError(
+                f"Out of device memory at step {self.state.global_step + 1} with "
+                f"{self.args.per_device_train_batch_size} rows a forward pass.",
+                "Lower micro_batch_size (the result stays the same), set gradient_checkpointing, "
+                "lower max_len, or use precision: bf16.",
+            ) from error
         finally:
             self._restore()
         return result
@@ -358,27 +371,6 @@ class _KeepBest(TrainerCallback):
         """Keep the weights if they are the best so far."""
         if self.trainer.keep_best and self.trainer.is_in_train:
             self.trainer.save_best(metrics["eval_loss"])
-
-
-def _refuse(args: TrainingArguments) -> None:
-    if args.label_smoothing_factor:
-        raise RecipeError(
-            f"label_smoothing_factor is {args.label_smoothing_factor}. Label smoothing is not "
-            "supported: the Trainer would call the model without labels, so that positions could "
-            "not be told from the answer.",
-            "Set it to 0.",
-        )
-    if args.remove_unused_columns:
-        raise RecipeError(
-            "remove_unused_columns is on and would drop positions and subspaces from the rows.",
-            "Set remove_unused_columns=False.",
-        )
-    if args.n_gpu > 1:
-        raise RecipeError(
-            f"One process sees {args.n_gpu} GPUs; nn.DataParallel is not supported.",
-            f"Run: accelerate launch --num_processes {args.n_gpu} -m reftune train ..., or set "
-            "CUDA_VISIBLE_DEVICES to one GPU.",
-        )
 
 
 def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
