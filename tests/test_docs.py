@@ -55,7 +55,7 @@ def base(tmp_path_factory):
     shutil.copytree(nano.WEIGHTS / "nano", folder)
     config = yaml.safe_load((folder / "tokenizer.json").read_text("utf-8"))
     vocab = len(config["model"]["vocab"]) + 8
-    tiny_llama(dim=64, layers=8, vocab=vocab, max_position_embeddings=1024).save_pretrained(folder)
+    tiny_llama(dim=32, layers=4, vocab=vocab, max_position_embeddings=1024).save_pretrained(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nano, "WEIGHTS", folder.parent)
         patch.setattr("reftune.model.names.WEIGHTS", folder.parent)

@@ -204,7 +204,7 @@ def test_an_adapter_loads_its_base_by_name(tmp_path):
         assert torch.equal(forward(loaded, ids), forward(adapted.eval(), ids))
     assert found.get_vocab() == tokenizer.get_vocab()
     base.rename(tmp_path / "moved")
-    with pytest.raises(AdapterError, match="base model of .* is not available.*does not exist"):
+    with pytest.raises(AdapterError, match=r"base model of .* is not available.*does not exist"):
         load_adapter(folder)
 
 
@@ -254,7 +254,7 @@ def test_base_model_errors(tmp_path):
     from reftune.config.recipe import ModelSpec
     from reftune.errors import ModelError
 
-    with pytest.raises(ModelError, match="model folder .* does not exist"):
+    with pytest.raises(ModelError, match=r"model folder .* does not exist"):
         load_base("./no/such/model")
     (tmp_path / "empty").mkdir()
     with pytest.raises(ModelError, match="could not be loaded"):
@@ -284,10 +284,10 @@ def test_recipes_apply_lora_full_and_head():
     assert trainable_summary(gpt2).trainable > 0
     head = apply_adapter(build("bert"), AdapterSpec(method="head_only"), 0)
     assert trainable_summary(head).trainable == 3 * 32 + 3
-    with pytest.raises(AdapterError, match='lora has no setting "rnak".*Did you mean "rank"'):
+    with pytest.raises(AdapterError, match=r'lora has no setting "rnak".*Did you mean "rank"'):
         apply_adapter(build("llama"), AdapterSpec(method="lora", options={"rnak": 2}), 0)
     spec = AdapterSpec(method="lora", options={"targets": ["nothing"]})
-    with pytest.raises(AdapterError, match="lora: .*Name the modules with targets"):
+    with pytest.raises(AdapterError, match=r"lora: .*Name the modules with targets"):
         apply_adapter(build("llama"), spec, 0)
 
 

@@ -119,7 +119,7 @@ def test_blocks_that_cannot_be_found_are_named_by_hand():
     with pytest.raises(SiteError, match=r'blocks="model.layers".*stages, extras') as error:
         attach(model, "red")
     assert "Strange were not found" in str(error.value)
-    with pytest.raises(SiteError, match='no list of blocks "stage".*Did you mean "stages"'):
+    with pytest.raises(SiteError, match=r'no list of blocks "stage".*Did you mean "stages"'):
         attach(model, "red", blocks="stage")
     ids = torch.arange(6)[None]
     before = model(ids)

@@ -107,7 +107,7 @@ def test_counts_of_nothing_are_refused(text):
 
 @pytest.mark.parametrize("text", ["f", "x3", "", "f2++l2", "f-1", "f2,l2", "generated", "lasst"])
 def test_unknown_terms_name_the_known_ones(text):
-    with pytest.raises(PositionError, match="is not a term.*Known: all, all_prompt"):
+    with pytest.raises(PositionError, match=r"is not a term.*Known: all, all_prompt"):
         PositionRule.parse(text)
     with pytest.raises(PositionError, match='Did you mean "last"'):
         PositionRule.parse("lasst")
@@ -142,7 +142,7 @@ def test_untied_needs_a_prefix_and_a_suffix():
 
 
 def test_unknown_short_is_refused():
-    with pytest.raises(PositionError, match='short is "clip".*Known: error, paper, union'):
+    with pytest.raises(PositionError, match=r'short is "clip".*Known: error, paper, union'):
         Placement(short="clip").rules()
 
 

@@ -105,13 +105,13 @@ def test_entry_points_are_found(monkeypatch):
 
 
 def test_unknown_and_taken_names(shift):
-    with pytest.raises(RecipeError, match='no intervention "loreff".*Did you mean "loreft"'):
+    with pytest.raises(RecipeError, match=r'no intervention "loreff".*Did you mean "loreft"'):
         get("loreff")
     with pytest.raises(RecipeError, match='intervention "red" exists already'):
         register("red", Shift)
     register("shift", Shift)  # the same again is no clash
     for bad in ("Shift", "two words", "reft_x", "1st", ""):
-        with pytest.raises(RecipeError, match="cannot name a intervention|cannot name an"):
+        with pytest.raises(RecipeError, match=r"cannot name a intervention|cannot name an"):
             register(bad, Shift)
 
 
@@ -144,5 +144,5 @@ def test_configs_find_their_method():
         resolve(LowRankConfig())
     with pytest.raises(AdapterError, match="RedConfig is no config of loreft"):
         resolve(RedConfig(), "loreft")
-    with pytest.raises(AdapterError, match='loreft has no setting "rnak".*Did you mean "rank"'):
+    with pytest.raises(AdapterError, match=r'loreft has no setting "rnak".*Did you mean "rank"'):
         get("loreft").config_from({"rnak": 2})

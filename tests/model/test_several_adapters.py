@@ -69,7 +69,7 @@ def test_switching_moves_training_too():
     use(model, "a")
     assert all(p.requires_grad for m in interventions(model, "a") for p in m.parameters())
     assert not any(p.requires_grad for m in interventions(model, "b") for p in m.parameters())
-    with pytest.raises(AdapterError, match='no adapter "c" on this model.*Known: a, b'):
+    with pytest.raises(AdapterError, match=r'no adapter "c" on this model.*Known: a, b'):
         use(model, "c")
 
 
@@ -182,7 +182,7 @@ def test_mixing_refuses_unknown_names_and_wrong_counts():
     ids, mask = batch()
     with pytest.raises(AdapterError, match='no adapter "x"'), mix(model, ["a", "x", "b"]):
         pass
-    with mix(model, ["a", "b"]), pytest.raises(AdapterError, match="2 adapter names .* 3 rows"):
+    with mix(model, ["a", "b"]), pytest.raises(AdapterError, match=r"2 adapter names .* 3 rows"):
         forward(model, ids, mask)
     assert forward(model, ids, mask).shape[0] == 3, "the mix ended with its block"
 
@@ -336,7 +336,7 @@ def test_dropout_on_the_delta_and_on_the_output():
         assert 0.4 < zeroed.float().mean() < 0.6
         kept = 2 * clean if where == "delta" else 2 * (h + clean) - h
         assert torch.allclose(delta[~zeroed], kept[~zeroed], atol=1e-5)
-    with pytest.raises(AdapterError, match="dropout is 1.0"):
+    with pytest.raises(AdapterError, match=r"dropout is 1.0"):
         LoreftConfig(dropout=1.0)
     with pytest.raises(AdapterError, match="rank is 0"):
         LoreftConfig(rank=0)

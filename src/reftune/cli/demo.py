@@ -118,28 +118,20 @@ def table(report: Report, rival: Report) -> Table:
         show_share,
     )
 
-    columns = [
-        "method",
-        "last number right",
-        "and in #### form",
-        "trained",
-        "share",
-        "adapter",
-        "training",
-    ]
-    result = Table(columns, best=[None, "high", "high", None, None, None, None], title="Demo")
+    columns = ["method", "last number", "#### form", "trained", "adapter", "training"]
+    result = Table(columns, best=[None, "high", "high", None, None, None], title="Demo")
 
     def scores(run: Report, prefix: str) -> Sequence[Cell]:
         picked = [run.figures[f"{prefix}_{name}"] for name in ("accuracy", "format_accuracy")]
         return [Cell(show_figure(figure), figure.mean) for figure in picked]
 
-    result.add("base, frozen", *scores(report, "base"), "0", "", "", "")
+    result.add("base, frozen", *scores(report, "base"), "0", "", "")
     for run in (rival, report):
+        share = show_share(run.trainable_fraction or 0)
         result.add(
             run.methods[0],
             *scores(run, "adapter"),
-            f"{run.trainable_parameters:,}",
-            show_share(run.trainable_fraction or 0),
+            f"{run.trainable_parameters:,} ({share})",
             show_bytes(run.adapter_bytes or 0),
             show_seconds(run.train_seconds or 0),
         )
@@ -152,8 +144,8 @@ def _summary(folder: Path, report: Report) -> str:
     return (
         f"Adapter minus base on the same {report.figures['adapter_accuracy'].n} problems: {gain}.\n"
         f"Plot: {folder / 'plots' / 'demo.png'}   report: {folder / 'report.md'}\n\n"
-        "Next:\n"
-        f"  reftune chat {folder}                 talk to it; /base compares with the frozen model\n"
-        f"  reftune inspect recipes/demo.yaml     see which tokens are edited and which are learnt\n"
-        f"  reftune train recipes/demo.yaml --set adapter.method=direft --name direft\n"
+        f"Next, after `source .venv/bin/activate`:\n"
+        f"  reftune chat {folder}           talk to it; /base compares with the frozen model\n"
+        "  reftune inspect demo            see which tokens are edited and which are learnt\n"
+        "  reftune train demo --set adapter.method=direft --name direft   try another method\n"
     )

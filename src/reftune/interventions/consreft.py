@@ -27,7 +27,8 @@ class Consreft(Lobireft):
     def __init__(self, config: LowRankConfig, dim: int) -> None:
         if config.init == "identity":
             raise AdapterError(
-                'consreft cannot start at the identity: it overwrites R h with a constant (init is "identity").',
+                "consreft cannot start at the identity: it overwrites R h with a constant "
+                '(init is "identity").',
                 'Use init "paper", or loreft, which can start at the identity.',
             )
         super().__init__(config, dim)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -65,8 +68,9 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
         else {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
     )
     try:
-        tokenizer = AutoTokenizer.from_pretrained(place, **remote)
-        model = _auto_class(spec, num_labels).from_pretrained(place, **kwargs, **remote)
+        with _quiet(is_embedded(spec.name) or not sys.stderr.isatty()):
+            tokenizer = AutoTokenizer.from_pretrained(place, **remote)
+            model = _auto_class(spec, num_labels).from_pretrained(place, **kwargs, **remote)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
             f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
@@ -77,6 +81,21 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
     return model.eval(), tokenizer
+
+
+@contextmanager
+def _quiet(on: bool) -> Iterator[None]:
+    """Hide transformers' loading bars, for models that load at once and for logs."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    if on:
+        logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _locate(spec: ModelSpec) -> str:

@@ -175,7 +175,7 @@ class Call:
             raise PositionError(
                 "Continuous batching packs several requests in one row; positions cannot be told "
                 "apart here.",
-                "Use generate(), or the reftune server.",
+                "Use generate().",
             )
 
     def _describe(self, inputs: Inputs, bound: dict[str, Any], device: torch.device) -> Tokens:

@@ -72,7 +72,8 @@ def _parse_part(part: str, num_layers: int, choice: object) -> list[int]:
 def _index(value: int, num_layers: int, choice: object) -> int:
     if not -num_layers <= value < num_layers:
         raise SiteError(
-            f"Layer {value} in {choice!r} does not exist: the model has {num_layers} blocks, 0 to {num_layers - 1}.",
+            f"Layer {value} in {choice!r} does not exist: the model has {num_layers} blocks, "
+            f"0 to {num_layers - 1}.",
             _remedy(num_layers),
         )
     return value % num_layers

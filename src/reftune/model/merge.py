@@ -176,7 +176,7 @@ def _write(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
     wide = torch.promote_types(weight.dtype, torch.float32)
     factor, shift = scale.to(weight.device, wide), shift.to(weight.device, wide)
     with torch.no_grad():
-        weight.copy_((weight.to(wide) * (factor if transposed else factor[:, None])))
+        weight.copy_(weight.to(wide) * (factor if transposed else factor[:, None]))
         bias = torch.zeros_like(factor) if linear.bias is None else linear.bias.to(wide)
         value = (factor * bias + shift).to(weight.dtype)
         linear.bias = nn.Parameter(value, requires_grad=False)

@@ -27,7 +27,7 @@ class Prepared:
     Attributes:
         input_ids: Token ids `[B, T]`.
         attention_mask: 1 at real tokens, `[B, T]`.
-        labels: Token ids where a label is, -100 elsewhere, unshifted `[B, T]`; or class labels `[B]`.
+        labels: Token ids at labels, -100 elsewhere, unshifted `[B, T]`; or class labels `[B]`.
         intervention_mask: Explicit edit columns `[B, T]`, or None.
         select: Subspace dimensions per row, or None.
         prompt_lens: Real prompt tokens per row `[B]`; None: what stands before the first label.

@@ -71,10 +71,7 @@ def find_blocks(model: nn.Module, stack: str = "auto", blocks: str | None = None
     config = getattr(base, "config", None)
     backbone, is_encoder = _stack(base, stack)
     names = {id(module): name for name, module in base.named_modules()}
-    if blocks is not None:
-        modules = _named_list(base, blocks)
-    else:
-        modules = _search(base, backbone)
+    modules = _search(base, backbone) if blocks is None else _named_list(base, blocks)
     dim = _width(config, modules)
     return Blocks(backbone, modules, [names[id(m)] for m in modules], dim, is_encoder)
 
@@ -194,7 +191,7 @@ def _out_dim(module: nn.Module, block: str, site: str) -> int:
     dim = _out_features(module)
     if dim is None:
         raise SiteError(
-            f'"{site}" in {block} is a {type(module).__name__}; the width of its output is unknown.',
+            f'"{site}" in {block} is a {type(module).__name__}; its output width is unknown.',
             "Name a linear module, or use site: block.",
         )
     return dim

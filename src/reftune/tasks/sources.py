@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import logging
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -61,13 +62,18 @@ class Rows:
     origin: str
 
 
+def folder_of(data_dir: str | Path) -> Path:
+    """Return the folder of local data; `~` and `$NAME` are filled in here, never in the recipe."""
+    return Path(os.path.expandvars(data_dir)).expanduser()
+
+
 def find_file(data_dir: str | Path, stems: tuple[str, ...]) -> Path | None:
     """Return the first file of these names below `data_dir`, whatever its format.
 
     Raises:
         DataError: If the folder does not exist.
     """
-    root = Path(data_dir).expanduser()
+    root = folder_of(data_dir)
     if not root.is_dir():
         raise DataError(f'No folder "{root}".', "Check task.data_dir (--data-dir).")
     for stem in stems:
@@ -101,7 +107,7 @@ def load_source(source: Source, data_dir: str | None, task: str, split: str) -> 
         wanted = ", ".join(f"{stem}.jsonl" for stem in source.files) or "(none is known)"
         raise DataError(
             f'No {split} file of task "{task}" in "{data_dir}". Looked for: {wanted}. '
-            f"{_describe(Path(data_dir).expanduser(), source.files)}",
+            f"{_describe(folder_of(data_dir), source.files)}",
             source.note
             or "Put one of these files there (.jsonl, .jsonl.gz, .json, .csv, .parquet).",
         )
