@@ -46,7 +46,7 @@ def imported(tree: ast.AST) -> set[str]:
 
 
 def imports(file: Path) -> set[str]:
-    """Return the reftune modules a file imports, also inside functions, `TYPE_CHECKING` left out."""
+    """Return the reftune modules a file imports, inside functions too, for typing not."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):

@@ -66,9 +66,10 @@ class Registry(Generic[T]):
         """
         if not name.isidentifier() or name != name.lower() or name.startswith("reft_"):
             raise RecipeError(
-                f'"{name}" cannot name a {self.kind}.',
+                f'"{name}" is no valid {self.kind} name.',
                 "Use lower-case letters, digits and _, not starting with reft_.",
             )
-        if self._targets.get(name, target) != target:
+        same = target if isinstance(target, str) else f"{target.__module__}:{target.__qualname__}"
+        if name in self.names() and self.target(name) != same:
             raise RecipeError(f'The {self.kind} "{name}" exists already.', "Choose another name.")
         self._targets[name] = target

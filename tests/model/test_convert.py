@@ -24,7 +24,9 @@ def loreft_state(seed: int) -> dict[str, torch.Tensor]:
     }
 
 
-def write(folder, states, key="layer_{}_comp_block_output_unit_pos_nunit_1#{}", kind="LoreftIntervention"):
+def write(
+    folder, states, key="layer_{}_comp_block_output_unit_pos_nunit_1#{}", kind="LoreftIntervention"
+):
     folder.mkdir(exist_ok=True)
     for (layer, order), state in states.items():
         torch.save(state, folder / f"intkey_{key.format(layer, order)}.bin")
@@ -50,12 +52,16 @@ def test_loreft_folder_computes_the_published_equation(tmp_path):
     h = torch.randn(5, DIM)
     for site in sites(loaded):
         got = h + site.groups("default")["tied"].eval()(h).delta
-        torch.testing.assert_close(got.double(), reference(h, states[site.layer, 0]), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            got.double(), reference(h, states[site.layer, 0]), rtol=1e-5, atol=1e-5
+        )
 
 
 def test_two_interventions_a_layer_are_prefix_and_suffix(tmp_path):
     states = {(0, 0): loreft_state(0), (0, 1): loreft_state(1)}
-    folder = write(tmp_path / "pyreft", states, key="layer.{}.comp.block_output.unit.pos.nunit.1#{}")
+    folder = write(
+        tmp_path / "pyreft", states, key="layer.{}.comp.block_output.unit.pos.nunit.1#{}"
+    )
     out = convert_pyreft(folder, tmp_path / "adapter", tiny_llama(dim=DIM), positions="f2+l2")
     assert out["tied"] is False
     loaded, _ = reftune.load(tmp_path / "adapter", model=tiny_llama(dim=DIM))
@@ -64,7 +70,9 @@ def test_two_interventions_a_layer_are_prefix_and_suffix(tmp_path):
     torch.testing.assert_close(groups["suffix"].reft_weight, states[0, 1]["weight"])
 
 
-@pytest.mark.parametrize(("kind", "method"), [("NodireftIntervention", "direft"), ("NoreftIntervention", "noreft")])
+@pytest.mark.parametrize(
+    ("kind", "method"), [("NodireftIntervention", "direft"), ("NoreftIntervention", "noreft")]
+)
 def test_free_rows_convert_to_the_papers_names(tmp_path, kind, method):
     state = {
         "proj_layer.weight": torch.randn(RANK, DIM),

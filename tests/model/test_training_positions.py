@@ -198,7 +198,7 @@ def test_packing_with_other_rules(rule):
 
 def test_packing_without_labels():
     model = attached(build("llama"), "loreft", positions="l1")
-    items, ids, positions, _ = packed()
+    _, ids, positions, _ = packed()
     with captured(model) as records:
         model(input_ids=ids, position_ids=positions)
     assert changed(records)[0].nonzero().flatten().tolist() == [6, 11, 17]

@@ -121,7 +121,7 @@ def _subject_places(
 ) -> list[int | None]:
     """Return the place of each subject in the first text."""
     from reftune.inference.prompts import subject_place
-    from reftune.training.texts import frame
+    from reftune.tasks.texts import frame
 
     if subjects is None or not any(subjects):
         return [None] * len(pairs)

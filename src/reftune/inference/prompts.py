@@ -72,7 +72,7 @@ def encode_prompts(
     Raises:
         DataError: If a prompt is empty, a chat cannot be rendered, or a subject is not there.
     """
-    from reftune.training.texts import frame
+    from reftune.tasks.texts import frame
 
     around, rows = frame(tokenizer), []
     tail = around.tail if seq2seq else ()
@@ -330,7 +330,7 @@ def accepts(model: nn.Module, argument: str) -> bool:
 
 def _render(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Any], index: int) -> str:
     """Render a chat up to the point where the model goes on."""
-    from reftune.training.texts import render
+    from reftune.tasks.texts import render
 
     chat = [dict(message) for message in messages]
     faulty = [m for m in chat if "role" not in m or "content" not in m]

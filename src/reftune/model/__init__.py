@@ -1,4 +1,4 @@
-"""The seam to transformers and PEFT: sites, positions, attaching, saving. Only here are their internals known."""
+"""The seam to transformers and PEFT: only here are their internals known."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ The model keeps its class, its forward and its parameter names.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,8 @@ from reftune.model.site import (
 )
 from reftune.model.sites import BLOCK, Blocks, Target, base_of, find_blocks, find_targets
 from reftune.model.switching import mix, off, prompt_scope, set_strength, use
+
+logger = logging.getLogger(__name__)
 
 __all__ = [
     "Handle",
@@ -103,7 +106,7 @@ class Placement:
             rest = str(PositionRule(prefix=rule.prefix, suffix=rule.suffix))
             if len(rule.groups) != 2 or rest != str(rule):
                 raise AdapterError(
-                    f'tied is false, but the positions "{rule}" are not just a prefix and a suffix.',
+                    f'tied is false, but positions "{rule}" are not just a prefix and a suffix.',
                     'Use positions such as "f5+l5", or tied: true.',
                 )
         return rules.inference.groups
@@ -160,8 +163,15 @@ def resolve(
                 f"Use {chosen.Config.__name__}.",
             )
         return chosen, config
-    found = {name: get_method(name) for name in method_names()}
-    found = {name: cls for name, cls in found.items() if type(config) is cls.Config}
+    found = {}
+    for name in method_names():
+        try:
+            cls = get_method(name)
+        except (ImportError, AttributeError) as error:  # somebody's broken entry point
+            logger.warning("The intervention %s cannot be imported: %s", name, error)
+            continue
+        if type(config) is cls.Config:
+            found[name] = cls
     own = [name for name in found if type(config).__name__.lower() == f"{name}config"]
     if len(own or found) != 1:
         raise AdapterError(

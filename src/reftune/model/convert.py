@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from reftune.errors import AdapterError
 from reftune.interventions import get as get_method
+from reftune.interventions.base import FREE_SCALE
 
 KEY = re.compile(r"intkey_layer[._](\d+)[._]comp[._](.+?)[._]unit[._].*?#(\d+)\.bin")
 TOLERANCE = 1e-5
@@ -193,7 +194,8 @@ def _fill(adapted: nn.Module, by_layer: dict[int, list[Piece]], tied: bool) -> f
                 )
             with torch.no_grad():
                 for name, value in piece.tensors.items():
-                    getattr(module, name).copy_(value)
+                    scale = FREE_SCALE if name == "reft_rotation" else 1.0
+                    getattr(module, name).copy_(scale * value)
             worst = max(worst, _difference(module, piece))
     return worst
 

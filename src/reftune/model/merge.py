@@ -48,8 +48,9 @@ def merge_adapter(model: nn.Module, *names: str) -> None:
             linear.weight.copy_(weight)
         linear.bias = bias
     raise AdapterError(
-        f"{_quoted(names)} cannot be merged exactly: the outputs would differ by {float(worst):.1e} "
-        "of their size (a norm stands between the weights and the residual stream).",
+        f"{_quoted(names)} cannot be merged exactly: the outputs would differ by "
+        f"{float(worst):.1e} of their size (a norm stands between the weights and the residual "
+        "stream).",
         KEEP,
     )
 

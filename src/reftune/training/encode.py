@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from reftune.errors import DataError
-from reftune.training.texts import EmptyTargetError, Frame, empty_target, frame, texts
+from reftune.tasks.texts import EmptyTargetError, Frame, empty_target, frame, texts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
