@@ -16,7 +16,18 @@ from contracts.helpers import (
     wrapped,
 )
 
-from reftune import attach, detach, mix, off, set_strength, use
+from reftune import (
+    ReftConfig,
+    attach,
+    detach,
+    get_peft_model,
+    load,
+    mix,
+    off,
+    save,
+    set_strength,
+    use,
+)
 from reftune.errors import AdapterError
 from reftune.interventions.loreft import LoreftConfig
 from reftune.model.adapters import adapter_names, sites
@@ -340,3 +351,18 @@ def test_dropout_on_the_delta_and_on_the_output():
         LoreftConfig(dropout=1.0)
     with pytest.raises(AdapterError, match="rank is 0"):
         LoreftConfig(rank=0)
+
+
+def test_use_and_strength_keep_pefts_books(tmp_path):
+    adapted = get_peft_model(build("llama").eval(), ReftConfig("loreft", positions="last"))
+    adapted.add_adapter("second", ReftConfig("red", positions="last"))
+    use(adapted, ["default", "second"])
+    assert adapted.active_adapters == ["default", "second"]
+    use(adapted, "default")
+    assert adapted.active_adapters == ["default"]
+    set_strength(adapted, "default", 0.5)
+    ids = torch.randint(3, 60, (1, 6))
+    wanted = adapted(input_ids=ids).logits
+    save(adapted, tmp_path / "half")
+    loaded, _ = load(tmp_path / "half", model=build("llama"))
+    assert torch.equal(loaded(input_ids=ids).logits, wanted)

@@ -153,11 +153,10 @@ def _evaluate_all(
 
 def _off(model: Any) -> Any:
     """Switch the adapters of a model off; refuse where the base is not there any more."""
-    from peft import PeftModel
-
     from reftune.model import off
+    from reftune.model.levels import levels
 
-    if not isinstance(model, PeftModel):
+    if not levels(model):
         raise DataError(
             "This model has no adapter to switch off.", "Name the base model: --against nano."
         )

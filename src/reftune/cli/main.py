@@ -235,6 +235,9 @@ def _set_up_logging(debug: bool, quiet: bool) -> None:
     handler.setFormatter(logging.Formatter("%(name)s: %(message)s" if debug else "%(message)s"))
     root = logging.getLogger()
     root.handlers[:] = [other for other in root.handlers if other.name != "reftune"] + [handler]
+    if not debug:  # remarks of one library about another, which no user can act on
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
     talk = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.getLogger("reftune").setLevel(talk if is_main_process() else logging.ERROR)

@@ -175,8 +175,8 @@ def orthonormal_rows(free: Tensor) -> Tensor:
 
 
 FREE_SCALE = 0.5
-"""Initial norm of the free rows. R does not depend on it, but its speed under Adam does: with 1/2 a
-step turns R as far as in the reference's Householder map, so published learning rates carry over."""
+"""Initial norm of the free rows. R does not depend on it, but its speed under Adam does: with 1/2
+a step turns R as far as in the reference's Householder map, so published rates carry over."""
 
 
 class Orthonormal:

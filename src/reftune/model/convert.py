@@ -85,7 +85,8 @@ def convert_pyreft(
     worst = _fill(adapted, by_layer, tied)
     if worst > TOLERANCE:
         raise AdapterError(
-            f"The converted adapter differs from the checkpoint by {worst:.1e} (allowed: {TOLERANCE:.0e}).",
+            f"The converted adapter differs from the checkpoint by {worst:.1e}; "
+            f"{TOLERANCE:.0e} is allowed.",
             "The saved rotation is not orthonormal: it was probably trained on after a reload.",
         )
     save_adapter(adapted, out)
@@ -187,9 +188,10 @@ def _fill(adapted: nn.Module, by_layer: dict[int, list[Piece]], tied: bool) -> f
         modules = site.groups("default")
         for group, piece in zip(groups, by_layer[site.layer]):
             module = modules[group].eval()
-            if piece.tensors["reft_weight"].shape[1] != module.dim:
+            width = piece.tensors["reft_weight"].shape[1]
+            if width != module.dim:
                 raise AdapterError(
-                    f"The checkpoint has width {piece.tensors['reft_weight'].shape[1]}, the model {module.dim}.",
+                    f"The checkpoint has width {width}, the model {module.dim}.",
                     "Give the base model it was trained on.",
                 )
             with torch.no_grad():

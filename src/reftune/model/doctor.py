@@ -63,7 +63,8 @@ def _run(model: nn.Module, placement: Placement, checks: list[Check]) -> None:
         Check(
             "blocks",
             True,
-            f"{len(blocks.modules)} x {type(blocks.modules[0]).__name__}, width {blocks.dim}; {inner}",
+            f"{len(blocks.modules)} x {type(blocks.modules[0]).__name__}, width {blocks.dim}; "
+            f"{inner}",
         )
     )
     ids = _ids(model)

@@ -25,14 +25,27 @@ def use(model: nn.Module, names: str | Sequence[str]) -> None:
         for name in site.adapters():
             for module in site.groups(name).values():
                 module.requires_grad_(name in names)
+    for tuner in _tuners(model):
+        tuner.active_adapter = list(names)
+    for wrapper in model.modules():
+        if getattr(wrapper, "base_model", None) in _tuners(model) and names:
+            wrapper.active_adapter = names[0]
+
+
+def _tuners(model: nn.Module) -> list[nn.Module]:
+    """Return the PEFT tuners of our adapters, which keep their own books of names and settings."""
+    return [m for m in model.modules() if getattr(type(m), "prefix", None) == "reft_"]
 
 
 def set_strength(model: nn.Module, name: str, value: float) -> None:
-    """Scale an adapter's edits: h' = h + value · delta. 1 as trained, 0 off."""
+    """Scale an adapter's edits: h' = h + value · delta. 1 as trained, 0 off. Saved with it."""
     check_known(model, [name])
     for site in sites(model):
         if name in site.strength:
             site.strength[name] = float(value)
+    for tuner in _tuners(model):
+        if name in tuner.peft_config:
+            tuner.peft_config[name].strength = float(value)
 
 
 @contextmanager
