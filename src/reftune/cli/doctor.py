@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import os
-import platform
 import shutil
 from importlib import metadata
 from typing import Annotated, Any
@@ -13,7 +11,6 @@ import typer
 
 from reftune.cli.common import JsonFlag, out, print_json, read_recipe
 
-CORE = ("torch", "transformers", "peft", "accelerate", "datasets", "safetensors", "pydantic")
 EXTRAS = {
     "trl": ("trl",),
     "eval": ("lm_eval",),
@@ -60,25 +57,11 @@ def doctor(
 
 def environment() -> dict[str, Any]:
     """Return versions, device, threads, extras and free space."""
-    import torch
-
-    device = "cpu"
-    if torch.cuda.is_available():
-        device = torch.cuda.get_device_name(0)
-    elif torch.backends.mps.is_available():
-        device = "mps"
-    from reftune import __version__, nano
+    from reftune import nano
+    from reftune.training import runfolder
 
     return {
-        "versions": {
-            "reftune": __version__,
-            "python": platform.python_version(),
-            **{name: _installed(name) for name in CORE},
-        },
-        "device": device,
-        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
-        "threads": torch.get_num_threads(),
-        "cpus": os.cpu_count(),
+        **runfolder.environment(),
         "extras": {
             extra: {name: _installed(name) for name in names} for extra, names in EXTRAS.items()
         },

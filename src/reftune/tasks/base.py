@@ -204,3 +204,12 @@ def parse_options(schema: type, given: dict[str, Any], task: str) -> Any:
             f'Options of task "{task}": ' + "; ".join(faults) + ".", "Mend task.options."
         )
     return parsed
+
+
+def hold_out(examples: list[Example], holdout: int, split: Split) -> list[Example]:
+    """Return the training rows, or the rows at their end that are kept back for validation.
+
+    At most a tenth of the rows is kept back; with fewer than ten rows none is.
+    """
+    cut = len(examples) - min(holdout, len(examples) // 10)
+    return examples[:cut] if split == "train" else examples[cut:]

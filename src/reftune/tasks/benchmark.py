@@ -87,13 +87,11 @@ class Benchmark(Task):
         return examples
 
     def _cut(self, examples: list[Example], split: Split) -> list[Example]:
-        kept_back = min(self.options.holdout, len(examples) // 10)
-        if split == "train":
-            return examples[: len(examples) - kept_back]
-        if kept_back < 1:
+        kept = base.hold_out(examples, self.options.holdout, split)
+        if not kept:
             raise DataError(
                 f'Task "{self.name}" has no validation rows: {len(examples)} training rows and '
                 f"options.holdout {self.options.holdout}.",
                 "Set options.holdout to the number of rows to keep back (at most a tenth).",
             )
-        return examples[len(examples) - kept_back :]
+        return kept

@@ -117,16 +117,14 @@ class Own(Task):
         return self.rows_of("validation")
 
     def _cut(self, examples: list[Example], split: Split) -> list[Example]:
-        kept_back = min(self.options.holdout, len(examples) // 10)
-        if split == "train":
-            return examples[: len(examples) - kept_back]
-        if kept_back < 1:
+        kept = base.hold_out(examples, self.options.holdout, split)
+        if not kept:
             raise DataError(
                 f"No rows are left for validation: {len(examples)} training rows, holdout "
                 f"{self.options.holdout}.",
                 "Give task.validation or task.test, or set evaluation.split: none.",
             )
-        return examples[len(examples) - kept_back :]
+        return kept
 
     def _examples(self, name: str, split: Split) -> list[Example]:
         rows = _read(name, split)

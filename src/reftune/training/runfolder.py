@@ -253,6 +253,7 @@ def environment() -> dict[str, Any]:
     return {
         "versions": versions(),
         "device": device,
+        "bf16": bool(torch.cuda.is_available() and torch.cuda.is_bf16_supported()),
         "threads": torch.get_num_threads(),
         "processes": world_size(),
         "system": platform.system(),
