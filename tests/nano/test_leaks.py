@@ -16,7 +16,7 @@ from reftune.nano.mix import SHARES, draw
 from reftune.nano.sums_schemas import FAMILIES
 
 PAIR = re.compile(r"(\d+) ([+-]) (\d+)")
-FORBIDDEN_FORMATS = ("####", "\\boxed", "def solution", '"answer"', "is what was asked for")
+FORBIDDEN_FORMATS = ("####", "\\boxed", "def solution", '"answer"', "is the number wanted")
 
 
 def normal(text: str) -> str:
@@ -75,6 +75,8 @@ def leak(item: Item) -> str:
         return "passage kind"
     if item.world == "logs" and item.kind not in SHOWN:
         return "log system"
+    if item.group in ("page", "echo"):  # their signs are no solutions: no page holds a sum
+        return "sum" if re.search(r"\d [-+*/=] \d", whole) else ""
     return next((f"format {form}" for form in FORBIDDEN_FORMATS if form in whole), "")
 
 

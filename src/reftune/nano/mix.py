@@ -27,7 +27,7 @@ ENCODER_SHARES: dict[str, float] = {"logs": 0.6, "stories": 0.4}
 """Token mix of `nano-encoder`, the masked model for the log studies."""
 
 WORLDS: tuple[str, ...] = tuple(SHARES)
-CURRICULUM = frozenset({"sums", "passages"})
+CURRICULUM = frozenset({"sums", "passages", "stories"})
 """Sub-worlds whose `sample` takes `progress`, the fraction of the planned tokens already seen."""
 
 NO_CHAT = frozenset({"logs"})

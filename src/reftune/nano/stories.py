@@ -15,6 +15,7 @@ import random
 from collections.abc import Callable
 from typing import Literal
 
+from reftune.nano import pages
 from reftune.nano import stories_parts as parts
 from reftune.nano.item import Item, Split
 from reftune.nano.item import split as split_of
@@ -22,7 +23,7 @@ from reftune.nano.names import ACTORS
 
 Kind = Literal["story", "chat", "unknown"]
 MIXTURE: dict[Kind, float] = {"story": 0.45, "chat": 0.27, "unknown": 0.28}
-"""Share of the items. Stories are about three quarters of the tokens."""
+"""Share of the items, beside `pages`. Stories are about three quarters of the tokens."""
 
 UNKNOWN_ANSWER = "I do not know."
 
@@ -119,14 +120,19 @@ _DRAWS: dict[Kind, Callable[[random.Random, Split], Item]] = {
 }
 
 
-def sample(rng: random.Random, split: Split = "train", kind: Kind | None = None) -> Item:
+def sample(
+    rng: random.Random, split: Split = "train", kind: Kind | None = None, progress: float = 1.0
+) -> Item:
     """Draw an item of sub-world F.
 
     Args:
         rng: Source of chance.
         split: Split the item must belong to.
         kind: Draw only this kind instead of the mixture.
+        progress: Place in the curriculum; pages and echoes come in after a third of it.
     """
+    if kind is None and progress >= pages.START and rng.random() < pages.SHARE:
+        return pages.sample(rng, split)
     if kind is None:
         kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
     return _DRAWS[kind](rng, split)

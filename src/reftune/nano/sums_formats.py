@@ -17,12 +17,13 @@ from reftune.nano.sums_schemas import Step, apply
 Style = Literal["native", "hash", "boxed", "json", "program", "prose", "prose_hash"]
 
 _PROSE = {
-    "+": "we get {result} by putting {left} and {right} together",
-    "-": "we find {result} left after taking {right} from {left}",
-    "*": "we reach {result} by counting {left} times {right}",
-    "/": "we see {result} in every part of {left} cut into {right}",
+    "+": "it is {result} together, {left} and then {right} more",
+    "-": "it is {result} now, as {right} of {left} went away",
+    "*": "it is {result} together, {right} in each of {left}",
+    "/": "it is {result} for each, {left} equally for {right}",
 }
-_OPENERS = ("First", "Next", "Finally")
+"""Words the base model knows from elsewhere, in an order and for a use it does not know."""
+_OPENERS = ("First", "Then", "Now")
 
 
 def _equations(steps: Sequence[Step]) -> str:
@@ -65,7 +66,7 @@ def _sentences(steps: Sequence[Step]) -> str:
 
 
 def _prose(steps: Sequence[Step]) -> str:
-    return f"{_sentences(steps)} So {steps[-1].result} is what was asked for."
+    return f"{_sentences(steps)} That is the end, and {steps[-1].result} is the number wanted."
 
 
 def _prose_hash(steps: Sequence[Step]) -> str:
@@ -87,7 +88,7 @@ _ENDS = {
     "native": re.compile(r"The answer is (\d+)\."),
     "hash": re.compile(r"#### (\d+)"),
     "boxed": re.compile(r"\\boxed\{(\d+)\}"),
-    "prose": re.compile(r"So (\d+) is what was asked for"),
+    "prose": re.compile(r"(\d+) is the number wanted"),
     "prose_hash": re.compile(r"#### (\d+)"),
 }
 _EQUATION = re.compile(r"(\d+) ([-+*/]) (\d+) = (\d+)")
