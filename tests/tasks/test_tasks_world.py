@@ -23,7 +23,7 @@ def test_every_style_is_scored_in_any_and_in_its_own_format(style):
 def test_families_in_native_prompt_form():
     example = make("families", style="prose_hash", train_size=5).load("train")[0]
     assert example.prompt.startswith("Question: ") and example.prompt.endswith("? Answer:")
-    assert example.target.startswith(" First we ") and f"#### {example.answer}" in example.target
+    assert example.target.startswith(" First it is ") and f"#### {example.answer}" in example.target
     assert example.meta["group"] == "new"
 
 

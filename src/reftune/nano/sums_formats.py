@@ -2,7 +2,7 @@
 
 The base model sees `native` only. All other styles exist for later tasks; none may occur in base
 training. `prose` plays the model-written training data of the papers: sentences, the result before
-its operands, its own wording.
+its operands, its own wording. `prose_hash` is prose that keeps the equations and ends in `#### N`.
 """
 
 from __future__ import annotations
@@ -23,6 +23,14 @@ _PROSE = {
     "/": "it is {result} for each, {left} equally for {right}",
 }
 """Words the base model knows from elsewhere, in an order and for a use it does not know."""
+_TOLD = {
+    "+": "it is {left} + {right} = {result} together",
+    "-": "it is {left} - {right} = {result} now",
+    "*": "it is {left} * {right} = {result} together",
+    "/": "it is {left} / {right} = {result} for each",
+}
+"""Prose that keeps the equation. A model of this size computes at the equals sign; edits of the
+prompt can change what it writes around that, but not where it computes."""
 _OPENERS = ("First", "Then", "Now")
 
 
@@ -58,19 +66,21 @@ def _program(steps: Sequence[Step]) -> str:
     return "\n".join(["def solution():", *lines, f"    return {'abc'[len(steps) - 1]}"])
 
 
-def _sentences(steps: Sequence[Step]) -> str:
+def _sentences(steps: Sequence[Step], wording: dict[str, str]) -> str:
     return " ".join(
-        f"{opener} {_PROSE[step.operator].format(**step._asdict())}."
+        f"{opener} {wording[step.operator].format(**step._asdict())}."
         for opener, step in zip(_OPENERS, steps, strict=False)
     )
 
 
 def _prose(steps: Sequence[Step]) -> str:
-    return f"{_sentences(steps)} That is the end, and {steps[-1].result} is the number wanted."
+    return (
+        f"{_sentences(steps, _PROSE)} That is the end, and {steps[-1].result} is the number wanted."
+    )
 
 
 def _prose_hash(steps: Sequence[Step]) -> str:
-    return f"{_sentences(steps)} #### {steps[-1].result}"
+    return f"{_sentences(steps, _TOLD)} #### {steps[-1].result}"
 
 
 STYLES: dict[str, Callable[[Sequence[Step]], str]] = {
