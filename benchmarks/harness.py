@@ -13,7 +13,10 @@ Scratch space inside kernels is not in it.
 from __future__ import annotations
 
 import copy
+import os
+import platform
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
@@ -153,6 +156,26 @@ def synchronise(device: str) -> None:
     """Wait for a GPU."""
     if device.startswith("cuda"):
         torch.cuda.synchronize()
+
+
+def machine(device: str) -> str:
+    """Return what it ran on: the GPU, or architecture and number of cores."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_name()
+    return f"{platform.machine()} with {os.cpu_count()} cores"
+
+
+def command(script: str, argv: list[str] | None = None) -> str:
+    """Return the command line to print beside figures, without paths of this machine."""
+    words = [script, *(sys.argv[1:] if argv is None else argv)]
+    for index, word in enumerate(words):
+        if word == "--pyreft-python":
+            words[index + 1] = "pyreft-env/bin/python"
+        elif word.startswith("--pyreft-python="):
+            words[index] = "--pyreft-python=pyreft-env/bin/python"
+    if "--publish" in words:
+        words.remove("--publish")
+    return "python " + " ".join(words)
 
 
 def timed(step: Callable[[], Any], device: str = "cpu") -> float:

@@ -1,4 +1,4 @@
-"""reftune's LoReFT against pyreft's: same W, b and R, same logits, same learning.
+"""reftune's LoReFT against pyreft's: same W, b and R, same logits, same learning; weight decay.
 
 1. Logits at label positions of a random Llama, positions f7+l7 in every layer, rows of different
    length: largest absolute difference at most 1e-5.
@@ -14,11 +14,13 @@ pyreft's prompts count their "last" token one too early in its data modules and 
 padding token; here both get the same places explicitly, so neither matters.
 
     python -m venv pyreft-env
-    pyreft-env/bin/pip install "pyreft==0.1.0" "pyvene==0.1.8" "transformers>=5" torch
+    pyreft-env/bin/pip install torch "transformers>=5" "pyvene==0.1.8"
+    pyreft-env/bin/pip install --no-deps "pyreft==0.1.0"
     python benchmarks/parity_pyreft.py --pyreft-python pyreft-env/bin/python
 
-`--json` prints `{"rows": [{"name", "value", "bar", "holds", ...}], "settings", "versions"}`. The
-exit code is 1 if a bar is missed.
+`--json` prints `{"rows": [{"name", "value", "bar", "holds", ...}], "settings", "versions"}`;
+`--publish` puts that into docs/results.json, section parity, and writes the page. The exit code is
+1 if a bar is missed.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-LOGITS, FIXED, TRAINED = 1e-5, 1e-4, 0.05
+LOGITS, FIXED, TRAINED, DECAYED = 1e-5, 1e-4, 0.05, 1e-6
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -42,6 +44,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--pyreft-python", required=True, help="interpreter with pyreft")
     parser.add_argument("--quick", action="store_true", help="the small model only")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--publish", action="store_true", help="add to docs/results.json")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--d", nargs="+", default=["128", "512"], help="128, 512, 1024")
     parser.add_argument("--steps", type=int, default=50)
@@ -84,15 +87,34 @@ class Ours:
         """Take over W, b and R, layer by layer."""
         import torch
 
-        from reftune.interventions.loreft import Loreft
-
-        found = [module for module in self.model.modules() if isinstance(module, Loreft)]
         with torch.no_grad():
-            for module, values in zip(found, weights, strict=True):
+            for module, values in zip(self.interventions(), weights, strict=True):
                 module.reft_weight.copy_(values["W"])
                 module.reft_bias.copy_(values["b"])
                 module.reft_rotation.copy_(values["R"] / 2)  # its QR is R; see the head
                 module.reft_rotation.requires_grad_(not fixed_rotation)
+
+    def interventions(self) -> list[Any]:
+        """Return the intervention of every layer."""
+        from reftune.interventions.loreft import Loreft
+
+        return [module for module in self.model.modules() if isinstance(module, Loreft)]
+
+    def decay(self, lr: float, weight_decay: float) -> float:
+        """Take one AdamW step with zero gradients; return the largest change of any R."""
+        import torch
+
+        def rotations() -> list[Any]:
+            with torch.no_grad():
+                return [module.rotation().clone() for module in self.interventions()]
+
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        before = rotations()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        return max(float((a - b).abs().max()) for a, b in zip(before, rotations(), strict=True))
 
     def logits(self) -> Any:
         """Return the logits at label positions."""
@@ -145,6 +167,21 @@ def compare_logits(python: str, settings: Any, folder: Path) -> dict[str, Any]:
     return row("logits", settings, difference, LOGITS, effect_of_the_edit=effect)
 
 
+def compare_decay(python: str, settings: Any, folder: Path) -> dict[str, Any]:
+    """Compare what one decayed step without gradients does to R."""
+    import torch
+    from worker_client import Worker
+
+    step = {"lr": 1e-3, "weight_decay": 0.1}
+    with Worker(python, settings) as theirs:
+        theirs.ask("weights", path=str(folder / "weights.pt"))
+        ours = Ours(settings, torch.load(folder / "weights.pt"), 0.0, False)
+        norms = theirs.ask("decay", **step)
+    before, after = max(norms["before"]), max(norms["after"])
+    note = f"pyreft: norm of R {before:.3f} before, {after:.3f} after"
+    return row("weight_decay", settings, ours.decay(**step), DECAYED, note=note, **step)
+
+
 def compare_losses(
     args: argparse.Namespace, settings: Any, folder: Path, fixed: bool
 ) -> dict[str, Any]:
@@ -169,9 +206,15 @@ def compare_losses(
     return row(name, settings, value, bar, steps=args.steps, fell=fell, seconds=seconds, **more)
 
 
+PEER: dict[str, str] = {}
+"""Versions of pyreft and pyvene, once a comparison has run."""
+
+
 def require_equal_base(ours: Ours, theirs: Any) -> None:
-    """Check that both processes built the same random model."""
+    """Check that both processes built the same random model; note pyreft's versions."""
     from worker_client import WorkerError
+
+    PEER.update({name: theirs.versions[name] for name in ("pyreft", "pyvene")})
 
     if abs(ours.checksum - theirs.checksum) > 1e-9 * abs(ours.checksum):
         raise WorkerError(
@@ -197,7 +240,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported
     import torch
     import transformers
-    from harness import Settings
+    from harness import Settings, command
     from worker_client import WorkerError
 
     transformers.utils.logging.set_verbosity_error()
@@ -213,14 +256,18 @@ def main(argv: list[str] | None = None) -> int:
             try:
                 rows.append(compare_logits(args.pyreft_python, settings, folder))
                 rows += [compare_losses(args, settings, folder, fixed) for fixed in (True, False)]
+                rows.append(compare_decay(args.pyreft_python, settings, folder))
             except WorkerError as error:
                 print(f"Error: {error}", file=sys.stderr)
                 return 1
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, **PEER}
+    result = {"rows": rows, "settings": asdict(settings), "versions": versions}
+    if args.publish:
+        from reftune.report.measured import publish_measured
+
+        publish_measured(result, "parity", command("benchmarks/parity_pyreft.py", argv))
     if args.json:
-        print(
-            json.dumps({"rows": rows, "settings": asdict(settings), "versions": versions}, indent=2)
-        )
+        print(json.dumps(result, indent=2))
     else:
         for found in rows:
             mark = "holds" if found["holds"] else "MISSED"

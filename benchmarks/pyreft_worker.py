@@ -1,7 +1,7 @@
 """A process in pyreft's environment that trains its LoReFT step by step, on request.
 
 Reads one JSON object a line, writes one a line: `build`, `step`, `peak`, `weights` and `logits` (to
-a file), `losses`, `quit`. Imports pyreft, never reftune.
+a file), `decay`, `losses`, `quit`. Imports pyreft, never reftune.
 """
 
 from __future__ import annotations
@@ -107,6 +107,21 @@ class Contender:
         )
         self.model.train()
 
+    def decay(self, lr: float, weight_decay: float) -> dict[str, list[float]]:
+        """Take one AdamW step with zero gradients; return the norms of each R before and after."""
+        parameters = [p for site in self.sites for p in site.parameters()]
+        optimiser = torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+        before = self.norms()
+        for parameter in parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        optimiser.step()
+        return {"before": before, "after": self.norms()}
+
+    @torch.no_grad()
+    def norms(self) -> list[float]:
+        """Return the Frobenius norm of R at every layer."""
+        return [site.rotate_layer.weight.norm().item() for site in self.sites]
+
     def losses(self, steps: int, batches: int) -> list[float]:
         """Train on a few batches in turn; return the loss of each step."""
         turn = [random_batch(self.settings, seed) for seed in range(batches)]
@@ -145,6 +160,8 @@ def serve() -> None:
             contender.weights(request["path"])
         elif what == "logits":
             contender.logits(request["path"])
+        elif what == "decay":
+            answer |= contender.decay(request["lr"], request["weight_decay"])
         elif what == "losses":
             answer["losses"] = contender.losses(request["steps"], request["batches"])
         print(json.dumps(answer), file=answers, flush=True)

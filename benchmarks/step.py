@@ -10,10 +10,10 @@ between the others'. How seconds, ratios and bytes come about: `harness.py`.
     python benchmarks/step.py --d 512 1024 --pyreft-python pyreft-env/bin/python
     python benchmarks/step.py --d llama-3-8b --device cuda --dtype bfloat16 --rounds 10
 
-A pyreft environment: python -m venv pyreft-env; pyreft-env/bin/pip install pyreft==0.1.0
-pyvene==0.1.8 "transformers>=5" torch. `--json` prints `{"rows", "goals", "settings", "skipped"}`;
-`ratio_to_base` of decoding is tokens/s over the base model's, every other ratio is seconds over
-the other's seconds.
+How to make pyreft's environment stands in `worker_client.py` (`HOW`). `--json` prints `{"rows",
+"goals", "settings", "versions", "skipped"}`; `--publish` puts that into docs/results.json, section
+speed, and writes the page. `ratio_to_base` of decoding is tokens/s over the base model's, every
+other ratio is seconds over the other's seconds.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--quick", action="store_true", help="smaller batches, no full fine-tuning")
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--publish", action="store_true", help="add to docs/results.json")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--d", nargs="+", default=["512"], help="512, 1024, llama-3-8b")
     parser.add_argument("--rounds", type=int, default=None, help="rounds (default 7, quick 3)")
@@ -150,8 +151,10 @@ def contenders(base: Any, settings: Any, full: bool) -> dict[str, Trained]:
     return found
 
 
-def training_rows(args: argparse.Namespace, base: Any, settings: Any, rounds: int) -> list[dict]:
-    """Time training steps in turns; measure the peak of each afterwards."""
+def training_rows(
+    args: argparse.Namespace, base: Any, settings: Any, rounds: int, versions: dict[str, str]
+) -> list[dict]:
+    """Time training steps in turns; measure the peak of each afterwards; note pyreft's versions."""
     from harness import take_turns
     from worker_client import Worker
 
@@ -161,6 +164,7 @@ def training_rows(args: argparse.Namespace, base: Any, settings: Any, rounds: in
         steps: dict[str, Callable[[], float]] = {n: m.seconds for n, m in models.items()}
         peaks: dict[str, Callable[[], int]] = {n: m.peak for n, m in models.items()}
         if worker is not None:
+            versions.update({k: worker.versions[k] for k in ("pyreft", "pyvene")})
             steps[PYREFT] = worker.step
             peaks[PYREFT] = lambda: worker.ask("peak")["peak_bytes"]
         samples = take_turns(steps, rounds)
@@ -298,7 +302,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported
     import torch
     import transformers
-    from harness import SHAPES, Settings, random_llama
+    from harness import SHAPES, Settings, command, machine, random_llama
     from worker_client import HOW, WorkerError
 
     transformers.utils.logging.set_verbosity_error()
@@ -312,11 +316,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.quick:
         settings = replace(settings, rows=4, width=128)
     rows: list[dict] = []
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     try:
         for shape in args.d:
             chosen = replace(settings, shape=shape)
             base = random_llama(chosen)
-            rows += training_rows(args, base, chosen, rounds)
+            rows += training_rows(args, base, chosen, rounds, versions)
             if not args.without_decoding:
                 rows += decoding_rows(base, chosen, rounds, 24 if args.quick else 64)
     except WorkerError as error:
@@ -325,10 +330,15 @@ def main(argv: list[str] | None = None) -> int:
     skipped = {} if args.pyreft_python else {PYREFT: "no --pyreft-python given. " + HOW}
     if args.quick:
         skipped[FULL] = "left out of --quick"
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    settings_out = {**asdict(settings), "rounds": rounds, "quick": args.quick, **versions}
+    settings_out = {**asdict(settings), "rounds": rounds, "quick": args.quick}
+    settings_out["machine"] = machine(args.device)
     settings_out["peak_bytes"] = "tensors alive at the highest point of a step; see harness.py"
-    result = {"rows": rows, "goals": judge(rows), "settings": settings_out, "skipped": skipped}
+    result = {"rows": rows, "goals": judge(rows), "settings": settings_out}
+    result |= {"versions": versions, "skipped": skipped}
+    if args.publish:
+        from reftune.report.measured import publish_measured
+
+        publish_measured(result, "speed", command("benchmarks/step.py", argv))
     if args.json:
         print(json.dumps(result, indent=2))
     else:

@@ -15,7 +15,8 @@ from harness import Settings
 
 HOW = """The comparison needs pyreft in an environment of its own:
   python -m venv pyreft-env
-  pyreft-env/bin/pip install "pyreft==0.1.0" "pyvene==0.1.8" "transformers>=5" torch
+  pyreft-env/bin/pip install torch "transformers>=5" "pyvene==0.1.8"
+  pyreft-env/bin/pip install --no-deps "pyreft==0.1.0"  # it pins transformers 4.45.1
 then pass --pyreft-python pyreft-env/bin/python"""
 
 

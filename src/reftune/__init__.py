@@ -34,6 +34,7 @@ _PUBLIC = {
     "load_base": "reftune.model.build",
     "load": "reftune.model.checkpoint:load_adapter",
     "save": "reftune.model.checkpoint:save_adapter",
+    "push": "reftune.model.hub",
     "generate": "reftune.inference.generate",
     "train": "reftune.training.stages",
     "ReftTrainer": "reftune.training.trainer",
@@ -55,6 +56,7 @@ if TYPE_CHECKING:
     from reftune.model.checkpoint import load_adapter as load
     from reftune.model.checkpoint import save_adapter as save
     from reftune.model.face import ReftConfig, get_peft_model
+    from reftune.model.hub import push
     from reftune.model.positions import PositionRule
     from reftune.training.stages import train
     from reftune.training.trainer import ReftTrainer

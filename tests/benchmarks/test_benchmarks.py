@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from reftune.report.measured import measured_rows
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -29,6 +31,9 @@ def test_step_prints_a_row_for_every_contender():
     done = run("step.py", "--d", "128", "--rounds", "1", "--json")
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
+    published = {row.name: row for row in measured_rows(result, "speed", "command")}
+    ours = published["speed/128/loreft r4, all layers:ratio_to_lora"]
+    assert ours.bar == "<= 0.75" and ours.holds in (True, False) and ours.versions["torch"]
     rows = {row["name"]: row for row in result["rows"]}
     assert len(rows) == 8
     for row in rows.values():
@@ -58,6 +63,49 @@ def test_an_environment_without_pyreft_is_explained():
     done = run("parity_pyreft.py", "--pyreft-python", sys.executable, "--quick")
     assert done.returncode == 1
     assert "No module named 'pyreft'" in done.stderr and "pip install" in done.stderr
+
+
+def test_commands_beside_figures_name_no_path_of_this_machine():
+    from harness import command
+
+    argv = ["--d", "512", "--publish", "--pyreft-python", "/home/me/x/bin/python", "--quick"]
+    expected = "python benchmarks/step.py --d 512 --pyreft-python pyreft-env/bin/python --quick"
+    assert command("benchmarks/step.py", argv) == expected
+    joined = command("benchmarks/step.py", ["--pyreft-python=/home/me/bin/python"])
+    assert joined == "python benchmarks/step.py --pyreft-python=pyreft-env/bin/python"
+
+
+def test_decay_leaves_our_rotation_where_it_is():
+    from harness import Settings
+    from parity_pyreft import DECAYED, Ours
+
+    settings = Settings(shape="128", rows=1, width=16, num_labels=2, prefix=1, suffix=1)
+    weights = [
+        {
+            "W": torch.zeros(4, 128),
+            "b": torch.zeros(4),
+            "R": torch.linalg.qr(torch.randn(128, 4))[0].T,
+        }
+        for _ in range(4)
+    ]
+    ours = Ours(settings, weights, 0.0, False)
+    free = ours.interventions()[0].reft_rotation.detach().clone()
+    assert ours.decay(lr=1e-1, weight_decay=1.0) <= DECAYED
+    assert torch.allclose(ours.interventions()[0].reft_rotation, 0.9 * free)
+
+
+def test_what_the_benchmarks_print_can_be_published():
+    row = {"name": "a", "d": "128", "seconds": 1.0, "peak_bytes": 2, "ratio_to_lora": 0.5}
+    from step import judge
+
+    result = {"rows": [row], "goals": judge([row]), "settings": {"d": "128"}, "skipped": {"b": "c"}}
+    names = [found.name for found in measured_rows(result, "speed", "command")]
+    assert names == [
+        "speed/128/a",
+        "speed/128/a:peak_bytes",
+        "speed/128/a:ratio_to_lora",
+        "speed/128/b",
+    ]
 
 
 def test_peak_counts_what_is_alive_at_once():

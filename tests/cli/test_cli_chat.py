@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from reftune.cli.chat import BASE, Session, command, loop
+from reftune.cli.chat import Session, command, loop
 from reftune.errors import DataError, RecipeError
+from reftune.model.site import BASE
 
 pytestmark = pytest.mark.quick
 

@@ -130,7 +130,7 @@ def test_subspaces_and_subjects_reach_the_edit(tokenizer, base):
     assert scored([(), (0, 1)]) == [pytest.approx(none), pytest.approx(some)]
     assert none == pytest.approx(choose(base, tokenizer, [prompt], CHOICES)[0], abs=1e-4)
     assert max(abs(a - b) for a, b in zip(some, every)) > 1e-3
-    with pytest.raises(DataError, match='subject "cow" is not in the text'):
+    with pytest.raises(DataError, match='subject "cow" is not in the prompt'):
         generate(model, tokenizer, [prompt], subjects=["cow"], **settings)
     with pytest.raises(DataError, match="Some prompts have a subject, others none"):
         choose(model, tokenizer, [prompt] * 2, CHOICES, subjects=["red", None])

@@ -90,7 +90,7 @@ def test_an_interrupted_save_leaves_the_old_adapter(saved, monkeypatch, where):
     if where == "replace":
         monkeypatch.setattr(checkpoint.os, "replace", replace)
     else:
-        monkeypatch.setattr(checkpoint, "_write_level", broken)
+        monkeypatch.setattr(checkpoint, "_write_part", broken)
     with pytest.raises((OSError, KeyboardInterrupt)):
         save_adapter(wrapped(build("llama"), "red", positions="all"), folder)
     monkeypatch.undo()

@@ -82,10 +82,14 @@ def test_groups_of_an_untied_f7_l7_are_disjoint(n, union, paper):
         assert places("f7+l7", n, group=SUFFIX, short=short) == suffix
 
 
-def test_paper_clips_to_half_the_prompt_only_with_both_ends():
+def test_paper_clips_each_end_to_half_the_prompt_also_alone():
     assert places("f2+l7", 5, short="paper") == [0, 1, 2, 3, 4]
     assert places("f7+l1", 4, short="paper") == [0, 1, 3]
-    assert places("f7", 4, short="paper") == [0, 1, 2, 3]
+    assert places("f7", 4, short="paper") == [0, 1]
+    assert places("f7", 5, short="paper") == [0, 1]
+    assert places("l7", 5, short="paper") == [2, 3, 4]
+    assert places("l7", 1, short="paper") == [0] and places("f7", 1, short="paper") == []
+    assert places("f2", 4, short="paper") == [0, 1]
 
 
 def test_error_names_the_row():

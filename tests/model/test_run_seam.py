@@ -8,7 +8,7 @@ from contracts.architectures import CAUSAL, build, pad, rows
 from contracts.helpers import attached, equal, interventions, wrapped
 
 from reftune.errors import ModelError
-from reftune.model.run import Prepared, Runner, label_log_probs
+from reftune.model.run import Prepared, Runner
 
 pytestmark = pytest.mark.quick
 PROMPTS = (6, 5, 2)
@@ -129,6 +129,38 @@ def test_encoder_decoder():
     assert equal(output.logits, full.logits[where], 1e-6)
     assert output.labels.tolist() == [5, 6, 2, 7, 2, 8, 9, 2]
     assert output.hidden.shape == (8, 32)
+    labels.fill_(-100)
+    with pytest.raises(ModelError, match="No row of the batch has a label"):
+        Runner(model)(Prepared(ids, mask, labels))
+
+
+def bart():
+    import transformers as hf
+
+    config = hf.BartConfig(
+        vocab_size=64, d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, dropout=0.0,
+        max_position_embeddings=64, pad_token_id=0, decoder_start_token_id=2,
+    )  # fmt: skip
+    return hf.BartForConditionalGeneration(config).eval()
+
+
+@pytest.mark.parametrize("make", [lambda: build("t5"), bart])
+@pytest.mark.parametrize("through_peft", [False, True])
+def test_full_logits_of_an_encoder_decoder_exist_nowhere(make, through_peft):
+    from reftune import LoreftConfig, ReftConfig, get_peft_model
+
+    model = make()
+    if through_peft:
+        model = get_peft_model(model, ReftConfig(LoreftConfig(rank=2), positions="f2+l1")).train()
+    ids, mask = pad(rows())
+    labels = torch.tensor([[5, 6, 2], [7, 2, -100], [8, 9, 2]])
+    seen = []
+    full = model(input_ids=ids, attention_mask=mask, labels=labels)
+    model.get_output_embeddings().register_forward_hook(lambda m, a, o: seen.append(o.shape))
+    output = Runner(model)(Prepared(ids, mask, labels))
+    assert seen == [(1, 8, 64)]
+    assert equal(output.logits, full.logits[labels != -100], 1e-6)
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta", "modernbert"])
@@ -149,18 +181,6 @@ def test_rows_without_labels_are_refused():
     batch.labels[0, 5] = 7
     with pytest.raises(ModelError, match="no language-model head"):
         Runner(attached(build("llama").model, "loreft"))(batch)
-
-
-def test_summed_log_probabilities():
-    model = attached(build("llama"), "loreft", positions="l1").eval()
-    batch = prepared()
-    got = label_log_probs(Runner(model), batch)
-    assert got.shape == (3,) and got.dtype == torch.float32
-    for i, (row, n) in enumerate(zip(rows(), PROMPTS)):
-        with torch.no_grad():
-            logits = model(input_ids=row[None], prompt_lens=torch.tensor([n])).logits[0]
-        chosen = logits.log_softmax(-1)[torch.arange(n - 1, len(row) - 1), row[n:]]
-        assert got[i].item() == pytest.approx(chosen.sum().item(), abs=1e-4)
 
 
 def test_it_runs_inside_ddp_like_wrappers():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from contracts.architectures import batch, build, forward
 from contracts.equations import disturb
-from contracts.helpers import interventions
+from contracts.helpers import equal, interventions
 from peft import LoraConfig
 
 from reftune import LoreftConfig, RedConfig, ReftConfig, get_peft_model
@@ -42,7 +42,10 @@ def test_a_stack_saves_and_loads(tmp_path):
     ids, mask = batch()
     wanted = forward(model, ids, mask)
     folder = save_adapter(model, tmp_path / "stack", {"accuracy": 0.5})
-    assert json.loads((folder / "stack.json").read_text())["order"] == ["lora", "reft"]
+    assert json.loads((folder / "stack.json").read_text())["order"] == [
+        {"folder": "lora", "kind": "lora", "name": "default"},
+        {"folder": "reft", "kind": "reft", "name": "default"},
+    ]
     for part, prefix in (("lora", "lora_"), ("reft", "reft_")):
         from safetensors.torch import load_file
 
@@ -50,7 +53,7 @@ def test_a_stack_saves_and_loads(tmp_path):
         assert tensors and all(prefix in key for key in tensors)
     loaded, _ = load_adapter(folder, model=build("llama"))
     assert torch.equal(forward(loaded, ids, mask), wanted)
-    assert describe(folder)["kind"] == "stack"
+    assert describe(folder)["kind"] == "stack" and describe(folder)["order"] == ["lora", "reft"]
     assert "| accuracy | 0.5 |" in (folder / "README.md").read_text()
     again = save_adapter(loaded, tmp_path / "again")
     twice, _ = load_adapter(again, model=build("llama"))
@@ -116,3 +119,75 @@ def test_sites_of_a_stack_may_be_modules_lora_wraps():
     with pytest.raises(AdapterError, match="the module carries a LoRA"):
         model.merge_and_unload()
     assert torch.equal(forward(model, ids, mask), on)
+
+
+# Stacks of one kind
+
+
+def two_refts():
+    """Return two ReFT adapters on one model, the second trained on top of the first."""
+    below = get_peft_model(build("llama"), ReftConfig(LoreftConfig(rank=2), positions="l1"))
+    for i, module in enumerate(interventions(below)):
+        disturb(module, seed=i)
+    alone = forward(below.eval(), *batch()).detach()
+    config = ReftConfig(RedConfig(), positions="f2")
+    model = get_peft_model(below, config, adapter_name="upper").eval()
+    assert equal(forward(model, *batch()), alone, 1e-6), "the lower one goes on acting"
+    for i, module in enumerate(interventions(model, "upper")):
+        disturb(module, seed=20 + i)
+    return model, alone
+
+
+@torch.no_grad()
+def test_a_stack_of_two_adapters_of_one_kind_keeps_both(tmp_path):
+    from reftune.model.checkpoint import describe, load_adapter, save_adapter
+
+    model, alone = two_refts()
+    wanted = forward(model, *batch())
+    assert not torch.equal(wanted, alone)
+    folder = save_adapter(model, tmp_path / "stack")
+    assert describe(folder)["order"] == ["reft", "reft-2"]
+    loaded, _ = load_adapter(folder, model=build("llama"))
+    assert torch.equal(forward(loaded, *batch()), wanted)
+    again, _ = load_adapter(save_adapter(loaded, tmp_path / "again"), model=build("llama"))
+    assert torch.equal(forward(again, *batch()), wanted)
+    with pytest.raises(AdapterError, match='on top of a "reft" adapter'):
+        load_adapter(folder / "reft-2", model=build("llama"))
+
+
+@torch.no_grad()
+def test_a_stack_of_two_loras_keeps_both(tmp_path):
+    from reftune.config.recipe import AdapterSpec
+    from reftune.model.build import apply_adapter
+    from reftune.model.checkpoint import describe, load_adapter, save_adapter
+
+    model = build("llama")
+    for name, targets in (("first", ["q_proj"]), ("second", ["q_proj", "v_proj"])):
+        spec = AdapterSpec(method="lora", name=name, options={"rank": 2, "targets": targets})
+        model = apply_adapter(model, spec, 0).eval()
+        for i, (key, p) in enumerate(sorted(model.named_parameters())):
+            if f"lora_B.{name}" in key:
+                p.add_(0.2 * torch.randn(p.shape, generator=torch.Generator().manual_seed(i)))
+    trained = [key for key, p in model.named_parameters() if p.requires_grad]
+    assert trained and all(".second." in key for key in trained)
+    wanted = forward(model, *batch())
+    folder = save_adapter(model, tmp_path / "stack")
+    assert describe(folder)["order"] == ["lora", "lora-2"]
+    loaded, _ = load_adapter(folder, model=build("llama"))
+    assert torch.equal(forward(loaded, *batch()), wanted)
+    with pytest.raises(AdapterError, match='The adapter "second" exists already'):
+        apply_adapter(model, spec, 0)
+
+
+@torch.no_grad()
+def test_stacks_that_list_folders_alone_still_load(tmp_path):
+    from reftune.model.checkpoint import load_adapter, save_adapter
+
+    _, model = stack()
+    folder = save_adapter(model, tmp_path / "stack")
+    (folder / "stack.json").write_text(json.dumps({"order": ["lora", "reft"], "base": None}))
+    loaded, _ = load_adapter(folder, model=build("llama"))
+    assert torch.equal(forward(loaded, *batch()), forward(model, *batch()))
+    (folder / "stack.json").write_text(json.dumps({"order": [{"folder": "../stack/lora"}]}))
+    with pytest.raises(AdapterError, match=r"The stack .* lacks"):
+        load_adapter(folder, model=build("llama"))

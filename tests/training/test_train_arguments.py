@@ -5,29 +5,26 @@ from __future__ import annotations
 import pytest
 import torch
 
-from reftune.config.recipe import OptimiserSpec, StageSpec
+from reftune.config.recipe import OptimiserSpec, Recipe, StageSpec, TaskSpec
 from reftune.errors import RecipeError
 from reftune.training.arguments import (
     Split,
     arguments,
-    check_numbers,
     check_trackers,
     precision,
     total_steps,
 )
+from reftune.training.stages import check
 
 
 def test_rows_of_a_step_are_shared_out():
     assert Split.of(StageSpec(batch_size=16), 1) == Split(16, 1, 1)
     assert Split.of(StageSpec(batch_size=16, micro_batch_size=4), 2) == Split(4, 2, 2)
     assert Split.of(StageSpec(batch_size=16), 2) == Split(8, 1, 2)
-    assert Split.of(StageSpec(batch_size=4, micro_batch_size=8), 1).rows == 4
     with pytest.raises(RecipeError, match="batch_size 16 is not a multiple of micro_batch_size 5"):
         Split.of(StageSpec(batch_size=16, micro_batch_size=5), 1)
     with pytest.raises(RecipeError, match="batch_size 3 is not"):
         Split.of(StageSpec(batch_size=3), 2)
-    with pytest.raises(RecipeError, match="micro_batch_size is 0"):
-        Split.of(StageSpec(micro_batch_size=0), 1)
 
 
 def test_steps_and_warmup(tmp_path):
@@ -59,8 +56,6 @@ def test_trackers(monkeypatch):
     import importlib.util
 
     assert check_trackers([]) == []
-    with pytest.raises(RecipeError, match=r'no tracker "wandbb".*wandb'):
-        check_trackers(["wandbb"])
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(RecipeError, match=r'"wandb" is not installed.*reftune\[track\]'):
         check_trackers(["wandb"])
@@ -69,6 +64,6 @@ def test_trackers(monkeypatch):
 def test_numbers_out_of_range_are_named_together():
     stage = StageSpec(epochs=0, max_len=1, optimiser=OptimiserSpec(lr=-1, warmup=1))
     with pytest.raises(RecipeError) as caught:
-        check_numbers(stage)
+        check(Recipe(task=TaskSpec(name="families"), stages=[stage]))
     for name in ("optimiser.lr", "optimiser.warmup", "epochs", "max_len"):
-        assert name in caught.value.what
+        assert f"stages.0.{name}: " in caught.value.what

@@ -211,7 +211,7 @@ def test_a_classifier_is_trained_and_scored(recipe, tmp_path):
     ):
         train(replace(recipe, name="other", task=task), **QUIET)
     with pytest.raises(
-        RecipeError, match=r'objective "sft" does not fit model\.head: classification'
+        RecipeError, match=r'objective "sft" learns text, but `model\.head` is classification'
     ):
         train(replace(recipe, name="other", task=task, model=model), **QUIET)
 

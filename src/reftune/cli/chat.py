@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reftune.cli.common import load_any, note, out
+from reftune.cli.common import note, out
+from reftune.cli.models import HeadOption, load_any, load_more, shape, trained_form
 from reftune.errors import RecipeError, ReftuneError, nearest
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-BASE = "__base__"
 HELP = """\
 /base             answer with the base model alone
 /adapter [NAME]   answer with an adapter again; without NAME list them
@@ -38,12 +38,18 @@ def chat(
         bool, typer.Option("--raw", help="Continue plain text: no chat template, no memory.")
     ] = False,
     template: Annotated[
-        str, typer.Option(help='With --raw, around each input: "Question: {prompt} Answer:".')
-    ] = "{prompt}",
+        str | None,
+        typer.Option(help='Plain text around each input: "Question: {prompt} Answer:".'),
+    ] = None,
+    chat_template: Annotated[
+        bool,
+        typer.Option("--chat-template", help="The chat template, whatever the run was trained on."),
+    ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
     top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of sampling.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    head: HeadOption = None,
 ) -> None:
     """Talk to a model; words appear as they are generated.
 
@@ -52,28 +58,51 @@ def chat(
         reftune chat runs/demo
         reftune chat runs/demo --adapter other=runs/rank8 --temperature 0.7
 
-    In the chat, `/base` switches the adapter off and `/adapter` on again, `/compare TEXT` asks
-    both, `/help` lists the rest.
+    A run whose task asks in plain text is asked in that form. In the chat, `/base` switches the
+    adapter off and `/adapter` on again, `/compare TEXT` asks both, `/help` lists the rest.
     """
-    if "{prompt}" not in template:
+    if template is not None and "{prompt}" not in template:
         raise RecipeError(f'The template "{template}" has no place.', "Write {prompt} in it.")
-    loaded, tokenizer = load_any(model)
+    if chat_template and (raw or template is not None):
+        raise RecipeError("Plain text and --chat-template are both asked for.", "Choose one.")
+    loaded, tokenizer = load_any(model, head=head)
     names = _load_more(loaded, adapter or [])
-    if not raw and not getattr(tokenizer, "chat_template", None):
-        note("The tokenizer has no chat template: plain text is continued, without memory.")
-        raw = True
+    form = _form(model, tokenizer, raw, template, chat_template)
     settings = {"max_new_tokens": max_new_tokens, "top_p": top_p, "seed": seed}
     session = Session(
         answer=_answerer(loaded, tokenizer, settings),
         adapters=names,
-        raw=raw,
-        template=template,
+        raw=form is not None,
+        template=form or "{prompt}",
         system=system,
         temperature=temperature,
         name=names[0] if names else None,
     )
     note(f"{model}" + (f" with {', '.join(names)}" if names else "") + ". /help lists commands.")
     loop(session, _read_line)
+
+
+def _form(
+    model: str, tokenizer: Any, raw: bool, template: str | None, chat_template: bool
+) -> str | None:
+    """Return the form in which plain text is asked, or None for the chat template; say which."""
+    trained = None if raw or template or chat_template else trained_form(model)
+    if trained is not None:
+        task, form = trained
+        shown = form.replace("{prompt}", "...").strip().replace("\n", " / ")
+        how = "as they are" if form == "{prompt}" else f'as "{shown}"'
+        note(
+            f"Lines are asked {how}, the form of task {task}, each by itself; --chat-template asks "
+            "through the chat template."
+        )
+        return form
+    if raw or template is not None:
+        return template or "{prompt}"
+    if getattr(tokenizer, "chat_template", None):
+        note("Lines are asked through the chat template; the conversation is remembered.")
+        return None
+    note("The tokenizer has no chat template: plain text is continued, without memory.")
+    return "{prompt}"
 
 
 @dataclass
@@ -95,7 +124,7 @@ class Session:
     def prompt(self, text: str) -> Any:
         """Return what the model is given for a line of the user."""
         if self.raw:
-            return self.template.replace("{prompt}", text)
+            return shape(self.template, text)
         first = [{"role": "system", "content": self.system}] if self.system else []
         return [*first, *self.history, {"role": "user", "content": text}]
 
@@ -126,6 +155,8 @@ class Session:
 
 def loop(session: Session, read: Callable[[str], str]) -> None:
     """Read lines and answer them until /quit or the end of the input."""
+    from reftune.model.site import BASE
+
     while True:
         label = "base" if session.name == BASE else session.name or ""
         try:
@@ -171,12 +202,16 @@ def command(session: Session, line: str) -> bool:
 
 
 def _base(session: Session, _: str) -> None:
+    from reftune.model.site import BASE
+
     if not session.adapters:
         raise RecipeError("This is the base model already.", "Give an adapter or a run folder.")
     session.name = BASE
 
 
 def _adapter(session: Session, name: str) -> None:
+    from reftune.model.site import BASE
+
     if not name and session.name != BASE:
         out().print("adapters: " + (", ".join(session.adapters) or "none"), markup=False)
         return
@@ -189,6 +224,8 @@ def _adapter(session: Session, name: str) -> None:
 def _compare(session: Session, text: str) -> None:
     if not text:
         raise RecipeError("There is nothing to compare.", "Write /compare TEXT.")
+    from reftune.model.site import BASE
+
     chosen = [BASE, *session.adapters] if session.adapters else [None]
     for name in chosen:
         sys.stdout.write(f"{'base' if name == BASE else name or 'model'}: ")
@@ -232,8 +269,6 @@ def _answerer(
 
 def _load_more(model: Any, texts: list[str]) -> list[str]:
     """Load further adapters onto the model; return the names of all."""
-    from reftune.model.checkpoint import resolve_folder
-
     names = list(getattr(model, "peft_config", {}))
     for text in texts:
         name, sign, path = text.partition("=")
@@ -245,7 +280,7 @@ def _load_more(model: Any, texts: list[str]) -> list[str]:
             )
         if name in names:
             raise RecipeError(f'The adapter "{name}" is there twice.', "Choose another name.")
-        model.load_adapter(str(resolve_folder(path)), adapter_name=name)
+        load_more(model, name, path)
         names.append(name)
     return names
 

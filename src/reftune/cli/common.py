@@ -18,7 +18,7 @@ from reftune.errors import DataError, RecipeError, ReftuneError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from reftune.config.recipe import ModelSpec, Recipe, TaskSpec
+    from reftune.config.recipe import Recipe, TaskSpec
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
@@ -28,6 +28,9 @@ SetOption = Annotated[
     typer.Option(
         "--set", metavar="KEY=VALUE", help="Change a recipe value, as adapter.rank=8. Repeatable."
     ),
+]
+DataDirOption = Annotated[
+    str | None, typer.Option("--data-dir", help="Folder with files of the task.")
 ]
 
 
@@ -79,6 +82,7 @@ def read_recipe(
     name: str | None = None,
     output: str | None = None,
     seed: int | None = None,
+    data_dir: str | None = None,
 ) -> Recipe:
     """Read a recipe file or a shipped recipe, with the changes of the command line.
 
@@ -89,7 +93,7 @@ def read_recipe(
     from reftune.config.shipped import find
 
     changes = list(overrides or [])
-    options = {"name": name, "output": output, "seed": seed}
+    options = {"name": name, "output": output, "seed": seed, "task.data_dir": data_dir}
     changes += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return load(find(recipe), changes)
 
@@ -100,25 +104,19 @@ def task_spec(
     """Return a task by name, or own data from a file, checked like a recipe.
 
     Args:
-        task: A task's name, or a JSONL, CSV or parquet file whose rows are scored.
+        task: A task's name, or a data file whose rows are scored.
         data_dir: Folder with local files of a named task.
         options: Further keys of the task, `style=prose`.
         sizes: `train_size`, `validation_size`, `test_size`.
     """
-    from reftune.config.loader import from_dict
+    from reftune.config.loader import task_of
+    from reftune.tasks.files import suffix_of
 
-    is_file = Path(task).suffix.lower() in (".jsonl", ".json", ".csv", ".tsv", ".parquet")
-    values: dict[str, Any] = {"name": "own", "test": task} if is_file else {"name": task}
+    values: dict[str, Any] = {"name": "own", "test": task} if suffix_of(task) else {"name": task}
     values |= {key: value for key, value in sizes.items() if value is not None}
     if data_dir:
         values["data_dir"] = data_dir
-    if is_file:
-        # A recipe needs data to train on; scoring does not.
-        values["train"] = "-"
-    made = from_dict({"task": values}, [f"task.{option}" for option in options]).task
-    from dataclasses import replace
-
-    return replace(made, train=None) if made.train == "-" else made
+    return task_of(values, [f"task.{option}" for option in options])
 
 
 def run_recipe(path: str) -> Recipe | None:
@@ -127,83 +125,6 @@ def run_recipe(path: str) -> Recipe | None:
 
     file = Path(path) / "recipe.yaml"
     return load(file) if file.is_file() else None
-
-
-def load_any(what: str, spec: ModelSpec | None = None, num_labels: int | None = None) -> Any:
-    """Load a base model, an adapter, a stack, a trained model or a run folder.
-
-    Args:
-        what: `nano`, a folder or a hub name.
-        spec: How to load a base model; its name is replaced by `what`.
-        num_labels: Classes of a classification head.
-
-    Returns:
-        (model, tokenizer)
-
-    Raises:
-        ModelError, AdapterError: If it cannot be found or loaded.
-    """
-    from dataclasses import replace
-
-    from reftune.config.recipe import ModelSpec
-    from reftune.model.build import load_base
-    from reftune.model.checkpoint import describe, load_adapter
-
-    recipe = run_recipe(what)
-    spec = spec or (recipe.model if recipe else ModelSpec())
-    if num_labels is not None:
-        spec = replace(spec, head="classification")
-    if not is_adapter(what):
-        return load_base(replace(spec, name=what), num_labels)
-    facts = describe(what)
-    base = recipe.model.name if recipe else facts.get("base")
-    if facts.get("kind") == "model" or not base:
-        return load_adapter(what)
-    model, tokenizer = load_base(replace(spec, name=base), num_labels)
-    if recipe and recipe.model.adapter:
-        model, _ = load_adapter(recipe.model.adapter, model)
-    return load_adapter(what, model, tokenizer=tokenizer)
-
-
-def is_adapter(what: str) -> bool:
-    """Return whether a name is something trained rather than a plain base model."""
-    folder = Path(what).expanduser()
-    files = ("adapter_config.json", "stack.json")
-    if folder.is_dir():
-        inner = [folder, folder / "adapter", folder / "stack", folder / "model"]
-        trained = any((place / file).is_file() for place in inner for file in files)
-        return trained or (folder / "model" / "config.json").is_file()
-    if "/" not in what or folder.parent.is_dir():
-        return False
-    from transformers.utils import find_adapter_config_file
-
-    try:
-        return find_adapter_config_file(what) is not None
-    except OSError:
-        return False
-
-
-def load_tokenizer(spec: ModelSpec) -> Any:
-    """Load only the tokenizer of a base model.
-
-    Raises:
-        ModelError: If it cannot be found or loaded.
-    """
-    from transformers import AutoTokenizer
-
-    from reftune import nano
-    from reftune.errors import ModelError
-
-    try:
-        place = nano.path(spec.name) if spec.name in nano.NAMES else spec.name
-        return AutoTokenizer.from_pretrained(
-            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
-        )
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f'The tokenizer of "{spec.name}" could not be loaded: {str(error).splitlines()[0]}',
-            "Give nano, a model folder, or a hub name (needs the network).",
-        ) from error
 
 
 @contextmanager

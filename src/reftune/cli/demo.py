@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from reftune.report.model import Report
     from reftune.report.tables import Table
 
+COMMAND = "reftune demo"
+"""Stands in the reports of the demo's runs; only such runs are replaced."""
 LORA_RANK = 5
 """LoRA on q and v of the embedded model: 25,600 parameters, LoReFT of rank 8: 24,640."""
 
@@ -40,10 +42,13 @@ def demo(
     from reftune.training.stages import train
 
     recipe = read_recipe("demo", overrides, name, output)
+    lora = _lora(recipe)
+    for run in (recipe, lora):
+        require_replaceable(run)
     folder = Path(output) / name
     note(_introduction(recipe))
     report = train(recipe, overwrite=True, progress=not as_json)
-    rival = train(_lora(recipe), overwrite=True, progress=not as_json)
+    rival = train(lora, overwrite=True, progress=not as_json)
     report = conclude(folder, report, rival)
     if as_json:
         print_json(report)
@@ -58,6 +63,35 @@ def _introduction(recipe: Recipe) -> str:
         f"Task: {options.get('group')} families of word problems, solved in style "
         f"{options.get('style')}; {recipe.task.train_size} rows to learn from, "
         f"{recipe.task.test_size} unseen ones to score."
+    )
+
+
+def require_replaceable(recipe: Recipe) -> None:
+    """Refuse to replace a run that the demo did not make.
+
+    A run is the demo's if its report says so, or if it holds the very recipe of this demo (then
+    an earlier demo was interrupted).
+
+    Raises:
+        RecipeError: If the folder holds anything else.
+    """
+    from reftune.errors import RecipeError, ReftuneError
+    from reftune.report.cells import Cell
+    from reftune.report.model import Report
+
+    folder = Path(recipe.output) / recipe.name
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return
+    if Cell(recipe.name, recipe.seed, recipe).matches():
+        return
+    try:
+        if Report.read(folder).command == COMMAND:
+            return
+    except ReftuneError:
+        pass  # no report: an unfinished run, or no run at all
+    raise RecipeError(
+        f"{folder} is there and was not made by the demo; the demo would replace it.",
+        "Choose another --name, or remove the folder.",
     )
 
 
@@ -90,8 +124,13 @@ def conclude(folder: Path, report: Report, rival: Report) -> Report:
     for name in ("accuracy", "format_accuracy"):
         figures[f"lora_{name}"] = rival.figures[f"adapter_{name}"]
         top[f"lora_{name}"] = figures[f"lora_{name}"].mean
-    full = report.model_copy(update={"figures": figures, "command": "reftune demo", **top})
+    facts = ("trainable_parameters", "trainable_fraction", "adapter_bytes")
+    facts += ("train_seconds", "eval_seconds")
+    top["rivals"] = {"lora": {fact: getattr(rival, fact) for fact in facts}}
+    full = report.model_copy(update={"figures": figures, "command": COMMAND, **top})
     full.write(folder / "report.json")
+    marked = rival.model_copy(update={"command": COMMAND})
+    marked.write(folder.with_name(f"{folder.name}-lora") / "report.json")
     text = f"{markdown(report)}\n{table(report, rival).to_markdown()}\n"
     write_text_atomic(folder / "report.md", text)
     method = report.methods[0]
@@ -145,7 +184,7 @@ def _summary(folder: Path, report: Report) -> str:
         f"Adapter minus base on the same {report.figures['adapter_accuracy'].n} problems: {gain}.\n"
         f"Plot: {folder / 'plots' / 'demo.png'}   report: {folder / 'report.md'}\n\n"
         f"Next, after `source .venv/bin/activate`:\n"
-        f"  reftune chat {folder}           talk to it; /base compares with the frozen model\n"
+        f"  reftune chat {folder}           ask it a word problem; /compare asks the base too\n"
         "  reftune inspect demo            see which tokens are edited and which are learnt\n"
         "  reftune train demo --set adapter.method=direft --name direft   try another method\n"
     )

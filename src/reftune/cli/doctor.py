@@ -10,6 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from reftune.cli.common import JsonFlag, out, print_json, read_recipe
+from reftune.cli.models import HeadOption, check_head, head_of
 
 EXTRAS = {
     "trl": ("trl",),
@@ -26,6 +27,7 @@ def doctor(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", help="Also check this recipe.")
     ] = None,
+    head: HeadOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Show versions, device and extras, and check a model or a recipe before a long run.
@@ -45,7 +47,7 @@ def doctor(
     if recipe is not None:
         checks += _check_recipe(recipe)
     if model is not None:
-        checks += _check_model(model)
+        checks += _check_model(model, head)
     failed = [check for check in checks if not check["passed"]]
     if json_:
         print_json({**facts, "checks": checks, "ok": not failed})
@@ -82,18 +84,22 @@ def _installed(name: str) -> str | None:
 
 def _check_recipe(recipe: str) -> list[dict[str, Any]]:
     """Check a recipe; its faults are raised as they would be by `train`."""
+    from reftune.training.stages import check
+
     resolved = read_recipe(recipe)
+    check(resolved)
     methods = " + ".join(stage.adapter.method for stage in resolved.stages)
     detail = f"{methods} on {resolved.model.name}, task {resolved.task.name}"
     return [{"name": f"recipe {recipe}", "passed": True, "detail": detail}]
 
 
-def _check_model(name: str) -> list[dict[str, Any]]:
+def _check_model(name: str, head: str | None) -> list[dict[str, Any]]:
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
     from reftune.model.doctor import self_check
 
-    model, _ = load_base(ModelSpec(name=name))
+    check_head(head)
+    model, _ = load_base(ModelSpec(name=name, head=head or head_of(ModelSpec(name=name))))
     return [
         {"name": check.name, "passed": bool(check.passed), "detail": check.detail}
         for check in self_check(model)

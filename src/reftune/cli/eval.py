@@ -10,19 +10,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reftune.cli.common import (
+    DataDirOption,
     JsonFlag,
-    load_any,
     out,
     print_json,
     progress,
     run_recipe,
     task_spec,
 )
+from reftune.cli.models import HeadOption, load_any
 from reftune.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from reftune.config.recipe import EvaluationSpec, Recipe, TaskSpec
     from reftune.inference.evaluate import Evaluation
+    from reftune.tasks.base import Task
 
 BASE = "base"
 
@@ -38,7 +40,7 @@ def evaluate(
         typer.Option(help='Compare with this model, adapter or run on the same rows; or "base".'),
     ] = None,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    data_dir: Annotated[str | None, typer.Option(help="Folder with files of the task.")] = None,
+    data_dir: DataDirOption = None,
     option: Annotated[
         list[str] | None, typer.Option("--option", "-o", help="Key of the task, as style=prose.")
     ] = None,
@@ -47,7 +49,10 @@ def evaluate(
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers a prompt.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of sampling. Default: the run's own, or 0.")
+    ] = None,
+    head: HeadOption = None,
     output: Annotated[str | None, typer.Option(help="Folder of report and predictions.")] = None,
     json_: JsonFlag = False,
 ) -> None:
@@ -69,8 +74,11 @@ def evaluate(
     spec = _task(task, recipe, data_dir, option or [], size, split)
     decoding = _decoding(recipe, split, batch_size, max_new_tokens, temperature, samples)
     names = [model] + ([against] if against else [])
-    results = _evaluate_all(names, spec, decoding, seed)
-    folder = Path(output) if output else Path("runs/evaluations") / _slug(model, spec.name, split)
+    asked = {"n": size, "k": samples, "t": temperature, "tokens": max_new_tokens, "seed": seed}
+    place = _slug(model, spec.name, split, against, option or [], asked)
+    folder = Path(output) if output else Path("runs/evaluations") / place
+    seed = seed if seed is not None else recipe.seed if recipe else 0
+    results = _evaluate_all(names, spec, decoding, seed, head)
     test = results[0].compare(results[1]) if against else None
     reports = _write(folder, names, results, spec, decoding, seed, test)
     if json_:
@@ -129,7 +137,7 @@ def _decoding(
 
 
 def _evaluate_all(
-    names: list[str], spec: TaskSpec, decoding: EvaluationSpec, seed: int
+    names: list[str], spec: TaskSpec, decoding: EvaluationSpec, seed: int, head: str | None
 ) -> list[Evaluation]:
     """Score one or two models on the same rows, one after the other."""
     from contextlib import nullcontext
@@ -138,17 +146,42 @@ def _evaluate_all(
     from reftune.inference.evaluate import evaluate as score
 
     made = tasks.get(spec)
+    runs = [run_recipe(name) for name in names]
+    own = [run for run in runs if run and _same_rows(run.task, spec)]
+    _check_unseen(own, made, decoding.split)
     examples = made.load(decoding.split)
     num_labels = made.num_labels if made.kind == "classification" else None
     results: list[Evaluation] = []
     loaded: Any = None
-    for name in names:
+    max_len = None
+    for name, run in zip(names, runs):
         use_base = name == BASE and loaded is not None
         if not use_base:
-            loaded = load_any(name, num_labels=num_labels)
+            loaded = load_any(name, num_labels, head)
+            max_len = run.stages[-1].max_len if run else None
         with _off(loaded[0]) if use_base else nullcontext(), progress(f"evaluate {name}") as report:
-            results.append(score(*loaded, made, examples, decoding, seed=seed, progress=report))
+            more = {"seed": seed, "max_len": max_len, "progress": report}
+            results.append(score(*loaded, made, examples, decoding, **more))
     return results
+
+
+def _same_rows(a: TaskSpec, b: TaskSpec) -> bool:
+    """Return whether two tasks take their training rows from one place."""
+    return (a.name, a.train, a.data_dir) == (b.name, b.train, b.data_dir)
+
+
+def _check_unseen(runs: list[Recipe], task: Task, split: str) -> None:
+    """Refuse to score rows that a run was trained on because nothing else needed them."""
+    from reftune.training.data import holds_out
+
+    for run in runs:
+        if task.cut_from_training(split) and not holds_out(run, task):
+            raise DataError(
+                f'The run "{run.name}" was trained on all rows; the {split} rows of task '
+                f'"{run.task.name}" are among them.',
+                "Score the test rows, or train with rows held out: evaluation.split: validation, "
+                "keep: best or evaluate_every.",
+            )
 
 
 def _off(model: Any) -> Any:
@@ -189,6 +222,7 @@ def _write(
             eval_seconds=result.seconds,
             split=decoding.split,
             evaluation=asdict(decoding),
+            prompts_cut=result.prompts_cut,
             **paired,
         )
         result.save(place / "predictions.jsonl")
@@ -214,6 +248,17 @@ def _show(reports: list[Any], test: Any, names: list[str], folder: Path) -> None
     out().print(f"Read answers: {folder / 'predictions.jsonl'}", markup=False)
 
 
-def _slug(*parts: str) -> str:
+def _slug(
+    model: str,
+    task: str,
+    split: str,
+    against: str | None,
+    options: list[str],
+    asked: dict[str, Any],
+) -> str:
+    """Return a folder name for what was asked, so that no other question's answers are replaced."""
+    parts = [model, task, split, *options]
+    parts += [f"{key}{value}" for key, value in asked.items() if value is not None]
+    parts += [f"against-{against.strip('./')}"] if against else []
     text = "-".join(part.strip("./") for part in parts)
     return re.sub(r"[^\w.-]+", "-", text)

@@ -6,8 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from reftune.cli.common import JsonFlag, load_any, out, print_json, progress, read_prompts
+from reftune.cli.common import JsonFlag, note, out, print_json, progress, read_prompts
+from reftune.cli.models import HeadOption, load_any, shape, trained_form
 from reftune.errors import RecipeError
+
+PENALTY = typer.Option(min=0.01, help="Above 1 makes repeated tokens less likely.")
+NO_REPEAT = typer.Option(min=0, help="No run of n tokens twice; 0 is off.")
 
 
 def generate(
@@ -22,7 +26,7 @@ def generate(
         str | None, typer.Option(help='Put around each prompt: "Question: {prompt} Answer:".')
     ] = None,
     chat: Annotated[
-        bool, typer.Option("--chat", help="Render prompts with the tokenizer's chat template.")
+        bool, typer.Option("--chat", "--chat-template", help="Ask through the chat template.")
     ] = False,
     base: Annotated[
         bool, typer.Option("--base", help="Also answer with the adapter switched off.")
@@ -35,8 +39,12 @@ def generate(
     stop: Annotated[
         list[str] | None, typer.Option(help="Text that ends an answer. Repeatable.")
     ] = None,
+    num_beams: Annotated[int, typer.Option(min=1, help="Beams of a greedy search.")] = 1,
+    repetition_penalty: Annotated[float, PENALTY] = 1.0,
+    no_repeat_ngram_size: Annotated[int, NO_REPEAT] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    head: HeadOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Answer prompts with a base model or anything trained on it.
@@ -46,21 +54,24 @@ def generate(
         reftune generate runs/demo "Question: Ben has 3 pears and buys 4. How many? Answer:"
         reftune generate runs/demo --base --file prompts.txt
         echo "Once upon a time" | reftune generate nano - --temperature 0.8 --samples 3
+
+    A run whose task asks in plain text is asked in that form; a prompt that has it already stays
+    as it is, and so does every prompt with `--template "{prompt}"`.
     """
-    asked = _shaped(read_prompts(prompts or [], file), template, chat)
+    asked = _shaped(model, read_prompts(prompts or [], file), template, chat)
     if samples > 1 and temperature == 0:
         raise RecipeError(f"{samples} greedy answers are all the same.", "Set --temperature 0.8.")
+    beams = {"num_beams": num_beams, "repetition_penalty": repetition_penalty}
+    sampling = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed}
     settings = {
         "max_new_tokens": max_new_tokens,
         "batch_size": batch_size,
-        "temperature": temperature,
-        "top_p": top_p,
-        "top_k": top_k,
+        **sampling,
         "samples": samples,
-        "seed": seed,
         "stop": stop or [],
+        "options": {**beams, "no_repeat_ngram_size": no_repeat_ngram_size},
     }
-    rows = _answers(model, asked, settings, base)
+    rows = _answers(model, asked, settings, base, head)
     if json_:
         print_json({"model": model, "settings": settings, "outputs": rows})
     else:
@@ -68,12 +79,12 @@ def generate(
 
 
 def _answers(
-    model: str, prompts: list[Any], settings: dict[str, Any], base: bool
+    model: str, prompts: list[Any], settings: dict[str, Any], base: bool, head: str | None
 ) -> list[dict[str, Any]]:
     """Return prompt and answers, and the base model's answers if they are wanted."""
     from reftune.inference.generate import generate as answer
 
-    loaded, tokenizer = load_any(model)
+    loaded, tokenizer = load_any(model, head=head)
     plain = None
     with progress("generate", show=len(prompts) > 1) as report:
         texts = answer(loaded, tokenizer, prompts, progress=report or False, **settings)
@@ -88,21 +99,32 @@ def _answers(
     ]
 
 
-def _shaped(prompts: list[Any], template: str | None, chat: bool) -> list[Any]:
-    """Put prompts into a template, or make chats of them."""
-    if template is not None:
-        if "{prompt}" not in template:
-            raise RecipeError(f'The template "{template}" has no place.', "Write {prompt} in it.")
-        prompts = [
-            template.replace("{prompt}", item) if isinstance(item, str) else item
-            for item in prompts
-        ]
+def _shaped(model: str, prompts: list[Any], template: str | None, chat: bool) -> list[Any]:
+    """Put prompts into a template or the form the run was trained on, or make chats of them."""
     if chat:
-        prompts = [
+        return [
             [{"role": "user", "content": item}] if isinstance(item, str) else item
-            for item in prompts
+            for item in (_filled(prompts, template) if template is not None else prompts)
         ]
-    return prompts
+    if template is not None:
+        return _filled(prompts, template)
+    trained = trained_form(model)
+    if trained is None:
+        return prompts
+    task, form = trained
+    asked = [shape(form, item) if isinstance(item, str) else item for item in prompts]
+    if asked != prompts:
+        shown = form.replace("{prompt}", "...").strip()
+        note(f'Asked as "{shown}", the form of task {task}; --template "{{prompt}}" leaves it out.')
+    return asked
+
+
+def _filled(prompts: list[Any], template: str) -> list[Any]:
+    if "{prompt}" not in template:
+        raise RecipeError(f'The template "{template}" has no place.', "Write {prompt} in it.")
+    return [
+        template.replace("{prompt}", item) if isinstance(item, str) else item for item in prompts
+    ]
 
 
 def _show(rows: list[dict[str, Any]]) -> None:

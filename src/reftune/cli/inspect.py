@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
@@ -9,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reftune.cli.common import JsonFlag, SetOption, load_tokenizer, out, print_json, read_recipe
+from reftune.cli.common import (
+    DataDirOption,
+    JsonFlag,
+    SetOption,
+    out,
+    print_json,
+    read_recipe,
+)
+from reftune.cli.models import load_tokenizer
 
 if TYPE_CHECKING:
     from rich.text import Text
@@ -17,7 +26,6 @@ if TYPE_CHECKING:
     from reftune.config.recipe import Recipe, StageSpec
     from reftune.tasks.base import Task
 
-DATA = (".jsonl", ".json", ".csv", ".tsv", ".parquet")
 STYLES = {
     (True, False): "black on yellow",
     (False, True): "bold green",
@@ -37,6 +45,7 @@ def inspect(
     positions: Annotated[
         str | None, typer.Option("--positions", "-p", help="Positions. Default: the recipe's.")
     ] = None,
+    data_dir: DataDirOption = None,
     set_: SetOption = None,
     json_: JsonFlag = False,
 ) -> None:
@@ -51,7 +60,8 @@ def inspect(
     Yellow tokens are edited, green ones are learned, both together are edited and learned. Without
     colours the marks are [edited] and <learned>. Numbers below are over all rows of the split.
     """
-    recipe = _recipe(data, model, positions, set_)
+    changes = [*(set_ or []), *([f"task.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    recipe = _recipe(data, model, positions, changes)
     from reftune import tasks
 
     task = tasks.get(recipe.task)
@@ -69,17 +79,15 @@ def inspect(
         out().print(f"Overlap: {shared}.", markup=False)
 
 
-def _recipe(data: str, model: str | None, positions: str | None, set_: list[str] | None) -> Recipe:
+def _recipe(data: str, model: str | None, positions: str | None, changes: list[str]) -> Recipe:
     """Return the recipe, or one made around a data file or a task."""
-    from reftune.config.loader import from_dict
     from reftune.config.options import task_names
+    from reftune.tasks.files import suffix_of
 
-    changes = list(set_ or [])
-    suffix = Path(data).suffix.lower()
-    if suffix in DATA:
-        recipe = from_dict({"task": {"name": "own", "train": data}}, changes)
+    if suffix_of(data) is not None:
+        recipe = _around({"name": "own", "train": data}, changes)
     elif data in task_names() and not Path(data).exists():
-        recipe = from_dict({"task": data}, changes)
+        recipe = _around({"name": data}, changes)
     else:
         recipe = read_recipe(data, changes)
     if model:
@@ -93,6 +101,18 @@ def _recipe(data: str, model: str | None, positions: str | None, set_: list[str]
         ]
         recipe = replace(recipe, stages=stages)
     return recipe
+
+
+def _around(task: dict[str, Any], changes: list[str]) -> Recipe:
+    """Return a recipe for a task, with the head and objective its kind needs."""
+    from reftune.config.loader import from_dict, task_of
+    from reftune.config.options import task_class
+
+    spec = task_of(task, changes)
+    values: dict[str, Any] = {"task": task}
+    if task_class(spec.name).kind_of(spec.options) == "classification":
+        values |= {"model": {"head": "classification"}, "objective": "classification"}
+    return from_dict(values, changes)
 
 
 def _look(

@@ -7,6 +7,7 @@ from typing import Annotated, Any
 import typer
 
 from reftune.cli.common import (
+    DataDirOption,
     Interrupted,
     JsonFlag,
     SetOption,
@@ -31,6 +32,7 @@ def sweep(
     name: Annotated[str | None, typer.Option(help="Name of the sweep: runs/NAME.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of all cells.")] = None,
+    data_dir: DataDirOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Try every combination of a few settings and choose by validation rows, never by test rows.
@@ -45,7 +47,7 @@ def sweep(
     """
     values = parse_grid(grid)
     name = name or _default_name(recipe)
-    resolved = read_recipe(recipe, set_, name, output, seed)
+    resolved = read_recipe(recipe, set_, name, output, seed, data_dir)
     from reftune.training.sweep import sweep as sweep_recipe
 
     try:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reftune.cli.common import (
+    DataDirOption,
     Interrupted,
     JsonFlag,
     SetOption,
@@ -30,6 +31,7 @@ def train(
     name: Annotated[str | None, typer.Option(help="Name of the run: runs/NAME.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder of run folders.")] = None,
     seed: Annotated[int | None, typer.Option(help="Seed of data order and initialisation.")] = None,
+    data_dir: DataDirOption = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint of this run.")
     ] = False,
@@ -51,11 +53,13 @@ def train(
         reftune train my.yaml --resume     # after Ctrl-C, a crash or kill -9
 
     The folder `runs/NAME` then holds the adapter, `report.md`, `predictions.jsonl` and
-    `metrics.jsonl`. Several processes: `accelerate launch -m reftune.cli.main train my.yaml`.
+    `metrics.jsonl`. Several processes: `accelerate launch -m reftune train my.yaml`.
     """
-    resolved = read_recipe(recipe, set_, name, output, seed)
+    resolved = read_recipe(recipe, set_, name, output, seed, data_dir)
     if dry_run:
-        _print_recipe(resolved, json_)
+        from reftune.training.stages import check
+
+        _print_recipe(check(resolved), json_)
         return
     from reftune.training.stages import train as train_recipe
 
@@ -63,7 +67,7 @@ def train(
     try:
         report = train_recipe(resolved, resume=resume, progress=is_main_process(), **more)
     except KeyboardInterrupt:
-        again = resume_command(recipe, set_, name, output, seed)
+        again = resume_command(recipe, set_, name, output, seed, data_dir)
         raise Interrupted("Interrupted.", f"Go on where it stopped with: {again}") from None
     if json_:
         print_json({"folder": str(Path(resolved.output) / resolved.name), **report.model_dump()})
@@ -77,12 +81,14 @@ def resume_command(
     name: str | None,
     output: str | None,
     seed: int | None,
+    data_dir: str | None = None,
 ) -> str:
     """Return the command that continues an interrupted run."""
     words = ["reftune", "train", recipe]
     for change in set_ or []:
         words += ["--set", change]
-    for flag, value in {"--name": name, "--output": output, "--seed": seed}.items():
+    flags = {"--name": name, "--output": output, "--seed": seed, "--data-dir": data_dir}
+    for flag, value in flags.items():
         words += [flag, str(value)] if value is not None else []
     return shlex.join([*words, "--resume"])
 

@@ -8,6 +8,7 @@ import re
 from typing import Any
 
 from reftune.config import options as registries
+from reftune.config.naming import doubled, named
 from reftune.config.reading import Reader, join, stage_key
 from reftune.config.recipe import AdapterSpec, Recipe, StageSpec, TaskSpec
 from reftune.config.types import show
@@ -16,36 +17,63 @@ from reftune.errors import PositionError, ReftuneError, nearest
 ABOVE_ZERO = {
     "": ["threads"],
     "task": ["train_size", "validation_size", "test_size"],
-    "stage": ["epochs", "max_steps", "batch_size", "micro_batch_size", "max_len"],
+    "stage": ["epochs", "max_steps", "batch_size", "micro_batch_size"],
     "optimiser": ["lr", "eps"],
-    "evaluation": ["batch_size", "max_new_tokens", "samples"],
+    "evaluation": ["batch_size", "max_new_tokens", "samples", "num_beams", "repetition_penalty"],
 }
 NOT_BELOW_ZERO = {
     "": ["seed"],
     "stage": ["checkpoint_every", "evaluate_every"],
     "optimiser": ["weight_decay", "clip"],
-    "evaluation": ["temperature"],
+    "evaluation": ["temperature", "top_k", "no_repeat_ngram_size"],
 }
 TRACKERS = ("trackio", "wandb", "tensorboard")
 LAYER_REMEDY = (
     'Write "all", "late", "half", a list [0, 5], ranges "4-7", negative numbers "-1" '
     'or fractions "0.5-1.0".'
 )
+GIVERS = {
+    "subject": "Use task facts, or own data with the option `subject` (a field of the rows).",
+    "mask": "Use own data with the option `mask` (a field of the rows).",
+}
+"""What position rules may need of each row, and who has it."""
 
 
 def check_recipe(recipe: Recipe, reader: Reader) -> None:
     """Note all faults that show only when values are seen together."""
     checker = Checker(reader)
     checker.ranges(recipe, "", "")
-    checker.ranges(recipe.task, "task", "task")
     checker.ranges(recipe.evaluation, "evaluation", "evaluation")
     _names(recipe, checker)
-    _task(recipe.task, checker)
+    check_task(recipe.task, reader)
+    if recipe.task.name == "own" and recipe.task.train is None:
+        text = "own data need `train:`, a JSONL, CSV or parquet file or a hub data set name."
+        checker.fault("task.train", text, ("task.name", "task"))
     _evaluation(recipe, checker)
     stages = reader.places["stages"]
     for index, stage in enumerate(recipe.stages):
         key = stage_key(stages, index) if stages.value else ""
         _stage(stage, key, recipe, checker)
+    _head(recipe, checker)
+    _together(recipe, checker)
+
+
+def check_task(task: TaskSpec, reader: Reader) -> None:
+    """Note the faults of a task by itself."""
+    checker = Checker(reader)
+    checker.ranges(task, "task", "task")
+    seen: dict[str, str] = {}
+    for split in ("train", "validation", "test"):
+        source = getattr(task, split)
+        if source is None:
+            continue
+        if source in seen:
+            text = (
+                f"{show(source)} is the {seen[source]} data too. Scores on rows that were trained "
+                f"or chosen on mean nothing. Give other rows, or leave `{split}` out."
+            )
+            checker.fault(f"task.{split}", text, (f"task.{seen[source]}",))
+        seen.setdefault(source, split)
 
 
 class Checker:
@@ -90,22 +118,19 @@ def _names(recipe: Recipe, checker: Checker) -> None:
             )
 
 
-def _task(task: TaskSpec, checker: Checker) -> None:
-    seen: dict[str, str] = {}
-    for split in ("train", "validation", "test"):
-        source = getattr(task, split)
-        if source is None:
-            continue
-        if source in seen:
-            text = (
-                f"{show(source)} is the {seen[source]} data too. Scores on rows that were trained "
-                f"or chosen on mean nothing. Give other rows, or leave `{split}` out."
-            )
-            checker.fault(f"task.{split}", text, (f"task.{seen[source]}",))
-        seen.setdefault(source, split)
-    if task.name == "own" and task.train is None:
-        text = "own data need `train:`, a JSONL, CSV or parquet file or a hub data set name."
-        checker.fault("task.train", text, ("task.name", "task"))
+def _head(recipe: Recipe, checker: Checker) -> None:
+    """Check that the task and the model's head deal with the same: classes, or text."""
+    task, head = recipe.task, recipe.model.head
+    if task.name not in registries.task_names() or "task.name" in checker.reader.bad:
+        return
+    kind = registries.task_class(task.name).kind_of(task.options)
+    if (kind == "classification") != (head == "classification"):
+        text = (
+            f'The task "{task.name}" is of kind {kind}, model.head is {head}. Classification tasks '
+            "need `head: classification` under `model:` and `objective: classification`, others "
+            "`head: causal` or `seq2seq`."
+        )
+        checker.fault("model.head", text, ("objective.name",))
 
 
 def _evaluation(recipe: Recipe, checker: Checker) -> None:
@@ -115,11 +140,17 @@ def _evaluation(recipe: Recipe, checker: Checker) -> None:
     if spec.samples > 1 and spec.temperature == 0:
         text = f"{spec.samples} greedy answers are all the same. Set `temperature` above 0."
         checker.fault("evaluation.samples", text, ("evaluation.temperature",))
+    if spec.num_beams > 1 and spec.temperature > 0:
+        text = f"{spec.num_beams} beams cannot be sampled from. Set `temperature: 0`."
+        checker.fault("evaluation.num_beams", text, ("evaluation.temperature",))
 
 
 def _stage(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None:
     checker.ranges(stage, "stage", key)
     checker.ranges(stage.optimiser, "optimiser", join(key, "optimiser"))
+    if stage.max_len < 2:
+        text = f"{stage.max_len} leaves no room for a prompt and a target. Use at least 2."
+        checker.fault(join(key, "max_len"), text)
     micro, batch = stage.micro_batch_size, stage.batch_size
     if micro and micro > 0 and batch > 0 and batch % micro:
         divisors = [n for n in range(1, batch + 1) if batch % n == 0]
@@ -128,6 +159,8 @@ def _stage(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None
             f"Use one of {', '.join(str(n) for n in divisors)}."
         )
         checker.fault(join(key, "micro_batch_size"), text, (join(key, "batch_size"),))
+    if stage.keep_by == "metric" and stage.keep != "best":
+        checker.fault(join(key, "keep_by"), "has no effect without `keep: best`. Set it.")
     _optimiser(stage, join(key, "optimiser"), checker)
     _adapter(stage, join(key, "adapter"), recipe, checker)
     _objective(stage, join(key, "objective"), recipe, checker)
@@ -155,9 +188,11 @@ def _adapter(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> No
         return
     rule = importlib.import_module("reftune.model.positions").PositionRule.parse
     layers = importlib.import_module("reftune.model.layers")
-    checker.grammar(join(key, "positions"), rule, adapter.positions)
-    if adapter.train_positions is not None:
-        checker.grammar(join(key, "train_positions"), rule, adapter.train_positions)
+    for name in ("positions", "train_positions"):
+        text = getattr(adapter, name)
+        if text is not None:
+            checker.grammar(join(key, name), rule, text)
+            _given(join(key, name), text, recipe.task, checker)
     if not adapter.tied:
         checker.grammar(join(key, "tied"), _untied, adapter)
     deep = 1000  # no model is deeper; whether a layer exists is known only with the model
@@ -167,6 +202,17 @@ def _adapter(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> No
         adapter.layers,
         LAYER_REMEDY,
     )
+
+
+def _given(key: str, text: str, task: TaskSpec, checker: Checker) -> None:
+    """Check that the task's rows say what a position rule asks of each of them."""
+    if key in checker.reader.bad or task.name not in registries.task_names():
+        return
+    terms = {term.strip().removesuffix("_last") for term in text.split("+")}
+    given = registries.task_class(task.name).gives(task.options)
+    for need in sorted(terms & GIVERS.keys() - given):
+        what = f'"{text}" needs a {need} in each row, which task "{task.name}" does not give. '
+        checker.fault(key, what + GIVERS[need], ("task.name",))
 
 
 def _untied(adapter: AdapterSpec) -> None:
@@ -192,3 +238,26 @@ def _objective(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> 
     if rows == "text" and head == "classification":
         text = f'objective "{stage.objective}" learns text, but `model.head` is classification. '
         checker.fault(name_key, text + "Use `objective: classification`.", ("model.head",))
+
+
+def _together(recipe: Recipe, checker: Checker) -> None:
+    """Check that what the stages put on the model can stand and be saved together."""
+    if checker.reader.bad:  # a method may be a default that stands in for a faulty one
+        return
+    adapters = [stage.adapter for stage in recipe.stages]
+    plain = [adapter.method for adapter in adapters if adapter.method in registries.PLAIN]
+    if plain and (recipe.model.adapter or any(adapter != adapters[0] for adapter in adapters)):
+        text = (
+            f"{plain[0]} changes the model itself and cannot be combined with an adapter in one "
+            "run. Train it in a run of its own and give its model folder as `model.name` of the "
+            "next."
+        )
+        checker.fault("stages", text)
+        return
+    index = doubled(named(recipe), {})
+    if index is not None:
+        text = (
+            f"an earlier stage has another adapter named {show(adapters[index].name)}. Give this "
+            "one a name of its own, or the same settings to train on with it."
+        )
+        checker.fault(f"stages.{index}.adapter.name", text)

@@ -17,10 +17,11 @@ from typing import Any
 import yaml
 
 from reftune.config import options as registries
-from reftune.config.checks import check_recipe
+from reftune.config.checks import check_recipe, check_task
+from reftune.config.naming import named
 from reftune.config.nodes import Faults, Node, from_plain, override, parse
 from reftune.config.reading import read_recipe
-from reftune.config.recipe import AdapterSpec, Recipe
+from reftune.config.recipe import AdapterSpec, Recipe, TaskSpec
 from reftune.config.shorthand import canonical, known_keys, route
 from reftune.config.types import field_types
 from reftune.errors import RecipeError
@@ -98,7 +99,42 @@ def change(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
     return from_dict(to_dict(recipe), overrides) if overrides else recipe
 
 
+def checked(recipe: Recipe) -> Recipe:
+    """Return a recipe made in Python as it would be if it had been read from a file.
+
+    Raises:
+        RecipeError: If it has faults; `faults` lists them.
+    """
+    return from_dict(to_dict(recipe))
+
+
+def task_of(values: dict[str, Any], overrides: Sequence[str] = ()) -> TaskSpec:
+    """Return a task by itself, where nothing is trained: `train` may be missing.
+
+    Args:
+        values: The keys under `task:`.
+        overrides: Changes such as `task.style=prose`; others are read but not checked together.
+
+    Raises:
+        RecipeError: If it has faults; `faults` lists them.
+    """
+    faults = Faults()
+    root = _overridden(from_plain({"task": values}), overrides, "The task", faults)
+    recipe, reader = read_recipe(root, faults)
+    check_task(recipe.task, reader)
+    faults.check("The task")
+    return recipe.task
+
+
 def _finish(root: Node, overrides: Sequence[str], source: str, faults: Faults) -> Recipe:
+    recipe, reader = read_recipe(_overridden(root, overrides, source, faults), faults)
+    check_recipe(recipe, reader)
+    faults.check(source)
+    return named(recipe)
+
+
+def _overridden(root: Node, overrides: Sequence[str], source: str, faults: Faults) -> Node:
+    """Return the document in canonical form with the changes of the command line."""
     root = canonical(root, faults)
     if not root.value:  # no mapping at all: nothing further can be said
         faults.check(source)
@@ -107,10 +143,7 @@ def _finish(root: Node, overrides: Sequence[str], source: str, faults: Faults) -
         root = canonical(root, faults)
         if "method" in text.partition("=")[0]:
             _drop_foreign_options(root)
-    recipe, reader = read_recipe(root, faults)
-    check_recipe(recipe, reader)
-    faults.check(source)
-    return recipe
+    return root
 
 
 def _drop_foreign_options(root: Node) -> None:

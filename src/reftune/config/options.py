@@ -41,6 +41,8 @@ OTHER_METHODS: dict[str, tuple[str, type]] = {
     "head_only": ("only the classification head is trained", NoOptions),
 }
 """Methods that are no interventions: what they do and their options."""
+PLAIN = ("full", "head_only")
+"""Methods that change the model itself; their artefact is a whole model."""
 
 
 def method_names() -> list[str]:

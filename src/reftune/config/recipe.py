@@ -19,7 +19,8 @@ class ModelSpec:
     revision: str | None = None
     """Branch, tag or commit on the hub."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Precision of the base weights. Adapters always train in float32."""
+    """Precision of the base weights; `auto` is the checkpoint's own on CUDA, float32 elsewhere.
+    Adapters always train in float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel."""
     quantize: Literal["none", "int8", "int4"] = "none"
@@ -84,6 +85,12 @@ class AdapterSpec:
     """What to do when a prompt is shorter than the positions ask for."""
     tied: bool = True
     """One parameter set for all positions; `false`: one for prefix terms, one for suffix terms."""
+    stack: Literal["auto", "encoder", "decoder"] = "auto"
+    """Which side of an encoder-decoder: `auto` is the encoder, and the only stack elsewhere."""
+    blocks: str | None = None
+    """Dotted name of the list of blocks, as in `model.layers`, where it is not found by itself."""
+    strength: float = 1.0
+    """Factor on the edits: h' = h + strength · delta."""
     name: str = "default"
     """Name of the adapter on the model."""
     options: dict[str, Any] = field(default_factory=dict)
@@ -141,7 +148,10 @@ class StageSpec:
     evaluate_every: int = 0
     """Score validation rows every n steps (0: never during training)."""
     keep: Literal["last", "best"] = "last"
-    """Keep the last weights, or the best by validation loss."""
+    """Keep the last weights, or the best on validation rows."""
+    keep_by: Literal["loss", "metric"] = "loss"
+    """What `keep: best` compares: the validation loss, or the task's main metric (slower: the
+    validation rows are answered greedily, or their choices compared, at each evaluation)."""
 
 
 @dataclass(frozen=True)
@@ -160,6 +170,14 @@ class EvaluationSpec:
     """0 is greedy; above 0 samples."""
     top_p: float = 1.0
     """Nucleus of sampling."""
+    top_k: int = 0
+    """Sample from the k most likely tokens; 0 is all."""
+    num_beams: int = 1
+    """Beams of a greedy search; more than 1 cannot be sampled from."""
+    repetition_penalty: float = 1.0
+    """Above 1 makes tokens that were there before less likely."""
+    no_repeat_ngram_size: int = 0
+    """No run of n tokens may come twice; 0 is off."""
     samples: int = 1
     """Answers a prompt when sampling."""
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import DataError, RecipeError
+from reftune.inference.edits import check_adapters, row_adapters, row_edits
 
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from reftune.inference.prompts import Prompt, Row
+    from reftune.inference.prompts import Marks, Prompt, Row
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Ask:
         adapter: Adapter of the row, or None for the active ones.
         subject: Place of the subject's last token in the prompt, or None.
         subspace: Dimensions of the edit that act, or None for all.
+        mask: Which prompt tokens are marked for the rule `mask`, or None.
     """
 
     prompt: tuple[int, ...]
@@ -33,6 +35,7 @@ class Ask:
     adapter: str | None = None
     subject: int | None = None
     subspace: tuple[int, ...] | None = None
+    mask: tuple[bool, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def choose(
     adapter_names: Sequence[str] | None = None,
     subjects: Sequence[str | None] | None = None,
     subspaces: Sequence[Sequence[int] | None] | None = None,
+    marks: Sequence[Marks | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[list[float]]:
     """Return the summed log-probability of every choice after its prompt, in nats.
@@ -77,6 +81,7 @@ def choose(
         adapter_names: Adapter of each prompt; `__base__` is the base model.
         subjects: Text of each prompt's subject, for the position rule `subject_last`.
         subspaces: Dimensions of the edit that act on each prompt.
+        marks: Marked pieces of each prompt, for the position rule `mask`.
         progress: Called with (rows done, rows in all).
 
     Raises:
@@ -86,16 +91,33 @@ def choose(
     """
     from reftune.inference import prompts as rows_of
 
+    rows_of.require_generation(model)
+    lists = choice_lists(len(prompts), choices)
+    rows = rows_of.encode_prompts(tokenizer, prompts, rows_of.is_seq2seq(model), subjects, marks)
+    return choose_rows(
+        model, tokenizer, rows, lists, batch_size, adapter_names, subspaces, progress
+    )
+
+
+def choose_rows(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    lists: Sequence[Sequence[str]],
+    batch_size: int = 32,
+    adapter_names: Sequence[str] | None = None,
+    subspaces: Sequence[Sequence[int] | None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[list[float]]:
+    """Score the choices of prompts given in tokens; see `choose`."""
+    from reftune.inference import prompts as rows_of
+
     if batch_size < 1:
         raise RecipeError(f"batch_size is {batch_size}.", "It must be at least 1.")
-    rows_of.require_generation(model)
-    lists = _choice_lists(prompts, choices)
-    names = rows_of.check_adapters(model, adapter_names, len(prompts))
-    rows_of.check_lengths(len(prompts), subjects=subjects, subspaces=subspaces)
-    seq2seq = rows_of.is_seq2seq(model)
-    rows = rows_of.encode_prompts(tokenizer, prompts, seq2seq, subjects)
+    names = check_adapters(model, adapter_names, len(rows))
+    rows_of.check_lengths(len(rows), subspaces=subspaces)
     asks = _asks(tokenizer, rows, lists, names, subspaces)
-    _check_lengths(model, asks, list(map(len, lists)), seq2seq)
+    _check_lengths(model, asks, list(map(len, lists)), rows_of.is_seq2seq(model))
     scores = iter(score(model, tokenizer, asks, batch_size=batch_size, progress=progress))
     return [[next(scores).logprob for _ in found] for found in lists]
 
@@ -155,15 +177,19 @@ def score(
     return [found for found in scores if found is not None]
 
 
-def _choice_lists(
-    prompts: Sequence[Prompt], choices: Sequence[str] | Sequence[Sequence[str]]
+def choice_lists(
+    num_prompts: int, choices: Sequence[str] | Sequence[Sequence[str]]
 ) -> list[list[str]]:
-    """Return one list of choices a prompt."""
+    """Return one list of choices a prompt.
+
+    Raises:
+        DataError: If there is another number of lists.
+    """
     if choices and isinstance(choices[0], str):
-        return [list(map(str, choices)) for _ in prompts]
-    if len(choices) != len(prompts):
+        return [list(map(str, choices)) for _ in range(num_prompts)]
+    if len(choices) != num_prompts:
         raise DataError(
-            f"There are {len(choices)} lists of choices for {len(prompts)} prompts.",
+            f"There are {len(choices)} lists of choices for {num_prompts} prompts.",
             "Give one list a prompt, or one list of texts for all.",
         )
     return [list(found) for found in choices]
@@ -190,7 +216,7 @@ def _asks(
                 raise DataError(
                     f"Choice {place} of prompt {index} is empty.", "Every choice needs a token."
                 )
-            asks.append(Ask(tuple(row.ids), known[text], adapter, row.subject, subspace))
+            asks.append(Ask(tuple(row.ids), known[text], adapter, row.subject, subspace, row.mask))
     return asks
 
 
@@ -284,11 +310,8 @@ def _call(
     scope: Callable[[dict[str, Any]], Any],
 ) -> torch.Tensor:
     """Run one forward pass with each row's adapter, subject and subspace; return the logits."""
-    from reftune.inference import prompts as rows_of
-
-    extra = rows_of.row_edits(
-        model, [row.subject for row in batch], [row.subspace for row in batch]
-    )
-    adapters_of = rows_of.row_adapters(model, [row.adapter for row in batch])
+    # An encoder-decoder's answers go to the decoder; its interventions see the prompt alone.
+    extra = row_edits(model, batch, inputs["attention_mask"])
+    adapters_of = row_adapters(model, [row.adapter for row in batch])
     with adapters_of as adapters, scope(extra):
         return model(**inputs, **adapters).logits

@@ -10,15 +10,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from reftune.errors import DataError, ModelError
+from reftune.inference import prompts as rows_of
 from reftune.inference import stats
-from reftune.inference.choose import choose
+from reftune.inference.choose import choice_lists, choose_rows
+from reftune.inference.edits import check_adapters
 from reftune.inference.figures import figures_of
-from reftune.inference.generate import generate
+from reftune.inference.generate import answer_jobs
 from reftune.inference.predictions import (
     Prediction,
     compare,
@@ -26,12 +29,15 @@ from reftune.inference.predictions import (
     save_predictions,
     show_prompt,
 )
+from reftune.inference.running import jobs_of
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from reftune.config.recipe import EvaluationSpec
+    from reftune.inference.decoding import Decoding
+    from reftune.inference.prompts import Row
     from reftune.report.model import Figure
     from reftune.tasks.base import Example, Task
 
@@ -57,6 +63,11 @@ class Evaluation:
     seconds: float
     metric: str = "accuracy"
 
+    @property
+    def prompts_cut(self) -> int:
+        """Rows whose prompt was cut to fit the model's context."""
+        return len({prediction.id for prediction in self.predictions if prediction.cut})
+
     def save(self, path: str | PathLike[str]) -> Path:
         """Write the predictions as JSON lines, the whole file or none."""
         return save_predictions(path, self.predictions)
@@ -77,19 +88,21 @@ def evaluate(
     adapter_names: Sequence[str] | None = None,
     choice_by: ChoiceBy = "both",
     level: float = 0.95,
+    max_len: int | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
     """Score a model on examples of a task.
 
-    Generation tasks: answers are produced as `spec` says and scored by the task, which also
-    extracts for training rewards. Several samples a prompt give the mean, `pass@k` (unbiased) and
-    `majority@k`. Choice tasks: the same (`choice_by` text), and the choice of highest summed
-    log-probability as `choice_accuracy`, with `choice_accuracy_per_character` (length-normalised)
-    and, where all rows share the same two choices, `auroc`. With `choice_by` probability nothing
-    is generated and the main metric is that of the comparison. Classification: arg max (or the
-    value) of the class head. Metrics that are no mean come from `task.aggregate`.
+    Generation tasks: answers are produced as `spec` says and scored by the task. Several samples a
+    prompt give the mean, `pass@k` (unbiased) and `majority@k`. Choice tasks: the same (`choice_by`
+    text), and the choice of highest summed log-probability as `choice_accuracy`, with
+    `choice_accuracy_per_character` (length-normalised) and, where all rows share the same two
+    choices, `auroc`. With `choice_by` probability nothing is generated and the main metric is that
+    of the comparison. Classification: arg max (or the value) of the class head. Metrics that are no
+    mean come from `task.aggregate`. Every figure has an interval: Wilson for shares of right
+    answers, else bootstrap over rows.
 
-    Every figure has an interval: Wilson for shares of right answers, bootstrap over rows else.
+    Prompts that leave no room for an answer are cut from the left, as in training, and counted.
 
     Args:
         model: The model with its active adapters.
@@ -101,6 +114,7 @@ def evaluate(
         adapter_names: Adapter of each example; `__base__` is the base model.
         choice_by: How choice tasks answer: by text, by probability, or both.
         level: Coverage of the intervals.
+        max_len: Longest row of a classification in tokens, as in training.
         progress: Called with (answers done, answers in all).
 
     Raises:
@@ -112,7 +126,7 @@ def evaluate(
     started = time.perf_counter()
     spec = spec or EvaluationSpec()
     _check(examples)
-    run = _Run(model, tokenizer, task, examples, spec, seed, adapter_names, progress)
+    run = _Run(model, tokenizer, task, examples, spec, seed, adapter_names, max_len, progress)
     if task.kind == "classification":
         predictions = _classified(run)
     else:
@@ -137,6 +151,7 @@ class _Run:
     spec: EvaluationSpec
     seed: int
     adapter_names: Sequence[str] | None
+    max_len: int | None
     progress: Progress | None
 
     @property
@@ -145,13 +160,21 @@ class _Run:
         return [e.prompt if e.messages is None else list(e.prompt_messages) for e in self.examples]
 
     @property
-    def edits(self) -> dict[str, Any]:
-        """What the examples tell the interventions."""
-        return {
-            "adapter_names": self.adapter_names,
-            "subjects": [e.meta.get("subject") for e in self.examples],
-            "subspaces": [e.subspace for e in self.examples],
-        }
+    def subjects(self) -> list[str | None]:
+        """The subject of each example, for position rules."""
+        return [example.meta.get("subject") for example in self.examples]
+
+    @property
+    def subspaces(self) -> list[tuple[int, ...] | None]:
+        """The dimensions of the edit that act on each example."""
+        return [example.subspace for example in self.examples]
+
+    def rows(self, max_new_tokens: int) -> list[Row]:
+        """The prompts in tokens, cut so that an answer fits into the context."""
+        marks = [example.meta.get("mask") for example in self.examples]
+        seq2seq = rows_of.is_seq2seq(self.model)
+        found = rows_of.encode_prompts(self.tokenizer, self.prompts, seq2seq, self.subjects, marks)
+        return rows_of.fit(self.model, found, max_new_tokens, "prompts to score")
 
 
 def _check(examples: Sequence[Example]) -> None:
@@ -165,20 +188,13 @@ def _check(examples: Sequence[Example]) -> None:
 def _generated(run: _Run) -> list[Prediction]:
     """Return a prediction for each sample of each example."""
     task, spec = run.task, run.spec
-    answers = generate(
-        run.model,
-        run.tokenizer,
-        run.prompts,
-        max_new_tokens=spec.max_new_tokens or task.max_new_tokens,
-        batch_size=spec.batch_size,
-        temperature=spec.temperature,
-        top_p=spec.top_p,
-        samples=spec.samples,
-        seed=run.seed,
-        stop=getattr(task, "stop", ()),
-        progress=run.progress or False,
-        **run.edits,
-    )
+    decoding = _decoding(run)
+    rows_of.require_generation(run.model)
+    names = check_adapters(run.model, run.adapter_names, len(run.examples))
+    rows = run.rows(decoding.max_new_tokens)
+    jobs = jobs_of(run.model, rows, decoding, names, run.subspaces)
+    progress = run.progress or False
+    answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, spec.batch_size, progress)
     return [
         Prediction(
             id=example.id,
@@ -188,27 +204,50 @@ def _generated(run: _Run) -> list[Prediction]:
             answer=example.answer,
             scores={name: float(v) for name, v in task.score(text, example).items()},
             sample=sample,
+            cut=row.cut,
         )
-        for example, prompt, texts in zip(run.examples, run.prompts, answers, strict=True)
+        for example, prompt, row, texts in zip(
+            run.examples, run.prompts, rows, answers, strict=True
+        )
         for sample, text in enumerate(texts)
     ]
+
+
+def _decoding(run: _Run) -> Decoding:
+    """Return how answers are produced."""
+    from reftune.inference.decoding import Decoding
+
+    spec = run.spec
+    return Decoding(
+        spec.max_new_tokens or run.task.max_new_tokens,
+        spec.temperature,
+        spec.top_p,
+        spec.top_k,
+        spec.samples,
+        run.seed,
+        tuple(getattr(run.task, "stop", ())),
+        {
+            "num_beams": spec.num_beams,
+            "repetition_penalty": spec.repetition_penalty,
+            "no_repeat_ngram_size": spec.no_repeat_ngram_size,
+        },
+    )
 
 
 def _compared(run: _Run, generated: list[Prediction]) -> list[Prediction]:
     """Add the comparison of choices to predictions, or make them of it alone."""
     golds = [gold_choice(example) for example in run.examples]
-    logprobs = choose(
-        run.model,
-        run.tokenizer,
-        run.prompts,
-        [example.choices for example in run.examples],
-        batch_size=run.spec.batch_size,
-        progress=run.progress,
-        **run.edits,
+    lists = choice_lists(len(golds), [example.choices for example in run.examples])
+    rows_of.require_generation(run.model)
+    tokens = (run.tokenizer(c, add_special_tokens=False)["input_ids"] for c in {*chain(*lists)})
+    rows = run.rows(max(map(len, tokens)))
+    logprobs = choose_rows(
+        *(run.model, run.tokenizer, rows, lists, run.spec.batch_size),
+        *(run.adapter_names, run.subspaces, run.progress),
     )
     extra: dict[str, tuple[dict[str, float], tuple[float, ...]]] = {}
     alone = []
-    for example, gold, values in zip(run.examples, golds, logprobs, strict=True):
+    for example, gold, values, row in zip(run.examples, golds, logprobs, rows, strict=True):
         best = max(range(len(values)), key=values.__getitem__)
         lengths = [max(1, len(choice.strip())) for choice in example.choices]
         relative = [value / length for value, length in zip(values, lengths, strict=True)]
@@ -221,9 +260,8 @@ def _compared(run: _Run, generated: list[Prediction]) -> list[Prediction]:
         prompt = show_prompt(example.prompt if example.messages is None else example.messages)
         main = {run.task.metric: scores["choice_accuracy"], **scores}
         extracted = run.task.extract(text, example)
-        alone.append(
-            Prediction(example.id, prompt, text, extracted, example.answer, main, 0, tuple(values))
-        )
+        told = (main, 0, tuple(values), row.cut)
+        alone.append(Prediction(example.id, prompt, text, extracted, example.answer, *told))
     if not generated:
         return alone
     return [
@@ -234,16 +272,14 @@ def _compared(run: _Run, generated: list[Prediction]) -> list[Prediction]:
 
 def _classified(run: _Run) -> list[Prediction]:
     """Return the class (or value) the model's class head gives each example."""
-    from reftune.inference.classify import class_logits
+    from reftune.inference.classify import class_rows, logits_of
 
-    logits = class_logits(
-        run.model,
-        run.tokenizer,
-        [(example.prompt, example.pair or None) for example in run.examples],
-        batch_size=run.spec.batch_size,
-        progress=run.progress,
-        **run.edits,
+    texts = [(example.prompt, example.pair or None) for example in run.examples]
+    rows = class_rows(
+        *(run.model, run.tokenizer, texts),
+        *(run.adapter_names, run.subjects, run.subspaces, run.max_len),
     )
+    logits = logits_of(run.model, run.tokenizer, rows, run.spec.batch_size, run.progress)
     if run.task.num_labels is not None and logits.shape[1] != run.task.num_labels:
         raise ModelError(
             f"The model's head gives {logits.shape[1]} numbers a row; the task has "
@@ -251,8 +287,8 @@ def _classified(run: _Run) -> list[Prediction]:
             "Load the adapter that was trained for this task.",
         )
     predictions = []
-    for example, row in zip(run.examples, logits.tolist(), strict=True):
-        text = str(row[0]) if len(row) == 1 else str(row.index(max(row)))
+    for example, row, values in zip(run.examples, rows, logits.tolist(), strict=True):
+        text = str(values[0]) if len(values) == 1 else str(values.index(max(values)))
         predictions.append(
             Prediction(
                 id=example.id,
@@ -261,6 +297,7 @@ def _classified(run: _Run) -> list[Prediction]:
                 extracted=text,
                 answer=example.answer,
                 scores={k: float(v) for k, v in run.task.score(text, example).items()},
+                cut=row.cut,
             )
         )
     return predictions

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reftune.inference.choose import choose
+from reftune.inference.edits import check_adapters
 from reftune.inference.running import Job, jobs_of, run
 from reftune.inference.stream import stream
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.decoding import Decoding
-    from reftune.inference.prompts import Prompt
+    from reftune.inference.prompts import Marks, Prompt
 
 __all__ = ["choose", "generate", "stream"]
 
@@ -41,16 +42,16 @@ def generate(
     adapter_names: Sequence[str] | None = None,
     subjects: Sequence[str | None] | None = None,
     subspaces: Sequence[Sequence[int] | None] | None = None,
+    marks: Sequence[Marks | None] | None = None,
     stop: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
     progress: Progress = False,
 ) -> list[list[str]]:
     """Answer prompts in batches; return the samples of each prompt, in the order given.
 
-    Rows are sorted by length and padded on the left. An answer ends at an end token (not part of
-    the text), at a stop text, at max_new_tokens, or where the model's context ends. A sample
-    depends on seed, row number and sample number only, not on batch size or on the other rows (up
-    to rounding in the model). A batch that does not fit on the GPU is halved and tried again.
+    An answer ends at an end token (not part of the text), at a stop text, at max_new_tokens, or
+    where the context ends. A sample depends on seed, row and sample number only (up to rounding in
+    the model). A batch that does not fit on the GPU is halved and tried again.
 
     Args:
         model: A causal or encoder-decoder model, with or without adapters.
@@ -63,31 +64,52 @@ def generate(
         top_k: Sample from the k most likely tokens; 0 is all.
         samples: Answers a prompt.
         seed: Seed of the samples.
-        adapter_names: Adapter of each prompt, mixed in one batch; `__base__` is the base model.
-            None: the active adapters.
+        adapter_names: Adapter of each prompt; `__base__` is the base model, None the active one.
         subjects: Text of each prompt's subject, for the position rule `subject_last`.
         subspaces: Dimensions of the edit that act on each prompt; None is all.
+        marks: Marked pieces of each prompt, for the position rule `mask`.
         stop: Texts that end an answer; they are cut off.
-        options: Further fields of transformers' GenerationConfig (`repetition_penalty`,
-            `no_repeat_ngram_size`, `num_beams` ...).
+        options: Further fields of GenerationConfig (`num_beams`, `repetition_penalty` ...).
         progress: True for a bar, or a function of (answers done, answers in all).
 
     Raises:
         DataError: If a prompt is empty, longer than the context, or cannot be rendered.
-        RecipeError: If settings contradict each other.
-        AdapterError: If a named adapter is not attached.
-        ModelError: If the model cannot generate.
+        ReftuneError: If settings, adapters or the model do not allow it.
     """
     from reftune.inference import prompts as rows_of
     from reftune.inference.decoding import Decoding
 
-    decoding = Decoding(
-        max_new_tokens, temperature, top_p, top_k, samples, seed, tuple(stop), options or {}
-    )
+    sampling = (temperature, top_p, top_k, samples, seed)
+    decoding = Decoding(max_new_tokens, *sampling, tuple(stop), options or {})
     rows_of.require_generation(model)
-    names = rows_of.check_adapters(model, adapter_names, len(prompts))
-    jobs = jobs_of(model, tokenizer, prompts, decoding, names, subjects, subspaces)
-    answers = [[""] * samples for _ in prompts]
+    names = check_adapters(model, adapter_names, len(prompts))
+    seq2seq = rows_of.is_seq2seq(model)
+    rows = rows_of.encode_prompts(tokenizer, prompts, seq2seq, subjects, marks)
+    jobs = jobs_of(model, rows, decoding, names, subspaces)
+    return answer_jobs(model, tokenizer, jobs, decoding, batch_size, progress)
+
+
+def answer_jobs(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: list[Job],
+    decoding: Decoding,
+    batch_size: int = 32,
+    progress: Progress = False,
+) -> list[list[str]]:
+    """Return the samples of each prompt; what `generate` and `evaluate` stand on.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        jobs: The answers to produce, from `jobs_of`.
+        decoding: How they are produced.
+        batch_size: Answers produced together.
+        progress: See `generate`.
+    """
+    from reftune.inference import prompts as rows_of
+
+    answers = [[""] * decoding.samples for _ in {job.row for job in jobs}]
     waiting = _batches(jobs, batch_size)
     done = 0
     with rows_of.evaluating(model), _Reporting(progress, len(jobs)) as report:

@@ -30,6 +30,7 @@ class Prediction:
         scores: Value of each metric.
         sample: Number of the sample, from 0.
         logprobs: Log-probability of each choice in nats, where choices were compared.
+        cut: Tokens of the prompt that were cut off because it was too long.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Prediction:
     scores: dict[str, float] = field(default_factory=dict)
     sample: int = 0
     logprobs: tuple[float, ...] | None = None
+    cut: int = 0
 
 
 class HasPredictions(Protocol):

@@ -6,10 +6,10 @@ import contextlib
 import inspect
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from reftune.errors import AdapterError, DataError, ModelError
+from reftune.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -21,8 +21,8 @@ log = logging.getLogger(__name__)
 Prompt = str | Sequence[Mapping[str, Any]]
 """A text, or chat messages with `role` and `content`."""
 
-BASE = "__base__"
-"""Adapter name of a row that runs on the base model alone."""
+Marks = Sequence[str | Sequence[int]]
+"""Pieces of a prompt for the position rule `mask`: texts, or (start, end) places of characters."""
 
 
 @dataclass(frozen=True)
@@ -32,10 +32,38 @@ class Row:
     Attributes:
         ids: Token ids with special tokens.
         subject: Place of the last token of its subject, or None.
+        mask: Which tokens are marked for the rule `mask`, or None.
+        fixed: Tokens at its beginning that are never cut.
+        cut: Tokens that were cut off behind those.
     """
 
     ids: list[int]
     subject: int | None = None
+    mask: tuple[bool, ...] | None = None
+    fixed: int = 0
+    cut: int = 0
+
+    def fitted(self, room: int) -> Row:
+        """Return the row cut from the left to `room` tokens, as in training.
+
+        A subject that is cut off moves to the first token that is left.
+        """
+        cut = len(self.ids) - max(room, self.fixed + 1)
+        if cut <= 0:
+            return self
+        end = self.fixed + cut
+        subject, mask = self.subject, self.mask
+        if subject is not None and subject >= self.fixed:
+            subject = max(self.fixed, subject - cut)
+        if mask is not None:
+            mask = mask[: self.fixed] + mask[end:]
+        return replace(
+            self,
+            ids=self.ids[: self.fixed] + self.ids[end:],
+            subject=subject,
+            mask=mask,
+            cut=self.cut + cut,
+        )
 
 
 @dataclass(frozen=True)
@@ -56,6 +84,7 @@ def encode_prompts(
     prompts: Sequence[Prompt],
     seq2seq: bool = False,
     subjects: Sequence[str | None] | None = None,
+    marks: Sequence[Marks | None] | None = None,
 ) -> list[Row]:
     """Return the tokens of each prompt, with the special tokens training put before it.
 
@@ -68,12 +97,15 @@ def encode_prompts(
         prompts: Texts or chats.
         seq2seq: Whether the prompts go to an encoder.
         subjects: Text of each prompt's subject, for the position rule `subject_last`.
+        marks: Marked pieces of each prompt, for the position rule `mask`.
 
     Raises:
-        DataError: If a prompt is empty, a chat cannot be rendered, or a subject is not there.
+        DataError: If a prompt is empty, a chat cannot be rendered, a subject or marked piece is not
+            there, or the columns differ in length.
     """
-    from reftune.tasks.texts import frame
+    from reftune.tasks.texts import fixed_len, frame, marked_tokens, subject_place
 
+    check_lengths(len(prompts), subjects=subjects, marks=marks)
     around, rows = frame(tokenizer), []
     tail = around.tail if seq2seq else ()
     for index, prompt in enumerate(prompts):
@@ -82,38 +114,20 @@ def encode_prompts(
         else:
             lead, text = (), _render(tokenizer, prompt, index)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
-        subject = subjects[index] if subjects is not None else None
-        place = None
-        if subject is not None:
-            place = len(lead) + subject_place(tokenizer, text, subject, index)
-        rows.append(Row([*lead, *ids, *tail], place))
+        name, place, mask = f"Prompt {index}", None, None
+        if subjects is not None and subjects[index] is not None:
+            place = len(lead) + subject_place(tokenizer, text, subjects[index], name)
+        if marks is not None and marks[index] is not None:
+            own = marked_tokens(tokenizer, text, marks[index], name)
+            mask = (*[False] * len(lead), *own, *[False] * len(tail))
+        fixed = fixed_len(tokenizer, lead, ids)
+        rows.append(Row([*lead, *ids, *tail], place, mask, fixed))
         if not rows[-1].ids:
             raise DataError(
                 f"Prompt {index} is empty and the tokenizer adds no BOS token.",
                 "Give the model at least one token to start from.",
             )
     return rows
-
-
-def subject_place(
-    tokenizer: PreTrainedTokenizerBase, text: str, subject: str, index: int = 0
-) -> int:
-    """Return the place of the token that ends the last mention of a subject in a text.
-
-    Raises:
-        DataError: If the text does not mention it.
-    """
-    end = text.rfind(subject) + len(subject)
-    if not subject or end < len(subject):
-        raise DataError(
-            f'Prompt {index}: its subject "{subject}" is not in the text.', "Mend the subject."
-        )
-    # The token that covers the last character; tokenising up to it could split differently.
-    spans = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-    covering = [place for place, (start, stop) in enumerate(spans) if start < end <= stop]
-    if not covering:
-        raise DataError(f'Prompt {index}: no token ends the subject "{subject}".', "Change it.")
-    return covering[0]
 
 
 def check_lengths(num_prompts: int, **columns: Sequence[Any] | None) -> None:
@@ -158,13 +172,43 @@ def check_context(
     return limit
 
 
+def fit(
+    model: nn.Module, rows: Sequence[Row], max_new_tokens: int, what: str = "prompts"
+) -> list[Row]:
+    """Return rows that leave room for an answer, long ones cut from the left as in training.
+
+    Args:
+        model: The model.
+        rows: Prompts in tokens.
+        max_new_tokens: Longest answer; at most half of the context is kept free for it.
+        what: What a warning calls the rows.
+    """
+    limit = context_len(model)
+    if limit is None:
+        return list(rows)
+    reserve = 0 if is_seq2seq(model) else min(max_new_tokens, limit // 2)
+    fitted = [row.fitted(limit - reserve) for row in rows]
+    count = sum(row.cut > 0 for row in fitted)
+    if count:
+        log.warning(
+            "%d of %d %s are longer than %d tokens (context %d, %d for the answer): cut from the "
+            "left",
+            *(count, len(rows), what, limit - reserve, limit, reserve),
+        )
+    return fitted
+
+
 def context_len(model: nn.Module) -> int | None:
     """Return how many tokens the model can see, or None if it sets no limit (T5, Bloom, Mamba)."""
     config = getattr(model, "config", None)
     if hasattr(config, "get_text_config"):
         config = config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    return limit if isinstance(limit, int) and limit > 0 else None
+    if not isinstance(limit, int) or limit < 1:
+        return None
+    # RoBERTa and its kin count positions from behind the id of the padding.
+    shifted = "roberta" in str(getattr(config, "model_type", ""))
+    return limit - (config.pad_token_id or 0) - 1 if shifted else limit
 
 
 def pad(
@@ -224,81 +268,6 @@ def require_generation(model: nn.Module) -> None:
             f"{type(base).__name__} cannot generate text.",
             "Load the model with its language-model head (model.head: causal or seq2seq).",
         )
-
-
-def adapters_of(model: nn.Module) -> list[str]:
-    """Return the names of all adapters on a model, ours and PEFT's."""
-    from reftune.model import adapter_names
-
-    return sorted({*(getattr(model, "peft_config", None) or {}), *adapter_names(model)})
-
-
-def check_adapters(
-    model: nn.Module, names: Sequence[str] | None, num_prompts: int
-) -> list[str] | None:
-    """Return the adapter of each row, or None where all rows use the active ones.
-
-    Raises:
-        AdapterError: If the model has no such adapter or there is not one name a prompt.
-    """
-    if names is None:
-        return None
-    if isinstance(names, str) or len(names) != num_prompts:
-        given = f'"{names}"' if isinstance(names, str) else f"{len(names)} names"
-        raise AdapterError(
-            f"adapter_names has {given} for {num_prompts} prompts.",
-            f'Give one name a prompt; "{BASE}" is the base model.',
-        )
-    known = adapters_of(model)
-    missing = sorted(set(names) - set(known) - {BASE})
-    if missing:
-        raise AdapterError(
-            f"The model has no adapter {', '.join(map(repr, missing))}.",
-            f"Attached: {', '.join(known) or 'none'}; the base model is {BASE!r}.",
-        )
-    if not known:
-        return None  # a plain model is the base for every row
-    return list(names)
-
-
-@contextlib.contextmanager
-def row_adapters(model: nn.Module, names: Sequence[str | None]) -> Iterator[dict[str, Any]]:
-    """Give each row of a call its adapter; yields the keyword arguments the call must pass."""
-    if not names or names[0] is None:
-        yield {}
-    elif hasattr(model, "get_base_model"):
-        yield {"adapter_names": list(names)}
-    else:
-        from reftune.model import mix
-
-        with mix(model, [str(name) for name in names]):
-            yield {}
-
-
-def row_edits(
-    model: nn.Module,
-    subjects: Sequence[int | None],
-    subspaces: Sequence[Sequence[int] | None],
-) -> dict[str, Any]:
-    """Return what each row tells its interventions, as keyword arguments of a model call.
-
-    Empty for models without interventions, which would not understand them.
-
-    Raises:
-        DataError: If some rows have a subject and others none.
-    """
-    import torch
-
-    from reftune.model import adapter_names
-
-    extra: dict[str, Any] = {}
-    if any(place is not None for place in subjects):
-        if any(place is None for place in subjects):
-            raise DataError("Some prompts have a subject, others none.", "Give all a subject.")
-        extra["subject_positions"] = torch.tensor(subjects, device=device_of(model))
-    if any(dims is not None for dims in subspaces):
-        extra["subspaces"] = [None if dims is None else tuple(dims) for dims in subspaces]
-    return extra if adapter_names(model) else {}
 
 
 @contextlib.contextmanager

@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reftune.inference.edits import row_adapters, row_edits
+
 if TYPE_CHECKING:
     import torch
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.decoding import Decoding
-    from reftune.inference.prompts import Prompt
+    from reftune.inference.prompts import Row
 
 log = logging.getLogger(__name__)
 
@@ -29,23 +31,25 @@ class Job:
     adapter: str | None
     subject: int | None
     subspace: tuple[int, ...] | None
+    mask: tuple[bool, ...] | None = None
 
 
 def jobs_of(
     model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Prompt],
+    rows: Sequence[Row],
     decoding: Decoding,
     names: Sequence[str] | None,
-    subjects: Sequence[str | None] | None = None,
     subspaces: Sequence[Sequence[int] | None] | None = None,
 ) -> list[Job]:
-    """Return one job an answer, with the tokens it may take before the context ends."""
+    """Return one job an answer, with the tokens it may take before the context ends.
+
+    Raises:
+        DataError: If a prompt leaves no room for an answer, or `subspaces` has another length.
+    """
     from reftune.inference import prompts as rows_of
 
     seq2seq = rows_of.is_seq2seq(model)
-    rows_of.check_lengths(len(prompts), subjects=subjects, subspaces=subspaces)
-    rows = rows_of.encode_prompts(tokenizer, prompts, seq2seq, subjects)
+    rows_of.check_lengths(len(rows), subspaces=subspaces)
     lengths = [len(row.ids) for row in rows]
     limit = rows_of.check_context(model, lengths, reserve=0 if seq2seq else 1)
     jobs = []
@@ -54,10 +58,10 @@ def jobs_of(
         if limit is not None:
             budget = min(budget, limit - (1 if seq2seq else len(row.ids)))
         dims = subspaces[index] if subspaces else None
-        subspace = None if dims is None else tuple(dims)
+        told = (row.subject, None if dims is None else tuple(dims), row.mask)
         adapter = names[index] if names else None
         for sample in range(decoding.samples):
-            jobs.append(Job(index, sample, row.ids, budget, adapter, row.subject, subspace))
+            jobs.append(Job(index, sample, row.ids, budget, adapter, *told))
     short = {job.row for job in jobs if job.budget < decoding.max_new_tokens}
     if short:
         log.warning(
@@ -95,10 +99,8 @@ def run(
     criteria = StoppingCriteriaList(criteria or [])
     if decoding.stop:
         criteria.append(choosing.StopTexts(tokenizer, decoding.stop, width))
-    extra |= rows_of.row_edits(
-        model, [job.subject for job in batch], [job.subspace for job in batch]
-    )
-    with rows_of.row_adapters(model, [job.adapter for job in batch]) as adapters:
+    extra |= row_edits(model, batch, padded.attention_mask)
+    with row_adapters(model, [job.adapter for job in batch]) as adapters:
         sequences = model.generate(
             input_ids=padded.input_ids,
             attention_mask=padded.attention_mask,

@@ -6,12 +6,14 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from reftune.inference.edits import check_adapters
+
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.decoding import Decoding
-    from reftune.inference.prompts import Prompt
+    from reftune.inference.prompts import Marks, Prompt
     from reftune.inference.running import Job
 
 _REPLACEMENT = "\ufffd"  # what a decoder shows for the first bytes of an unfinished character
@@ -30,6 +32,7 @@ def stream(
     adapter_name: str | None = None,
     subject: str | None = None,
     subspace: Sequence[int] | None = None,
+    marks: Marks | None = None,
     stop: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
 ) -> Iterator[str]:
@@ -50,6 +53,7 @@ def stream(
         adapter_name: Adapter to answer with; `__base__` is the base model, None the active one.
         subject: Text of the prompt's subject, for the position rule `subject_last`.
         subspace: Dimensions of the edit that act; None is all.
+        marks: Marked pieces of the prompt, for the position rule `mask`.
         stop: Texts that end the answer; they are cut off.
         options: See `generate`; beams cannot be streamed.
 
@@ -68,8 +72,10 @@ def stream(
         raise RecipeError("Beams cannot be streamed.", "Leave num_beams out, or use generate.")
     rows_of.require_generation(model)
     given = None if adapter_name is None else [adapter_name]
-    names = rows_of.check_adapters(model, given, 1)
-    job = jobs_of(model, tokenizer, [prompt], decoding, names, [subject], [subspace])[0]
+    names = check_adapters(model, given, 1)
+    seq2seq = rows_of.is_seq2seq(model)
+    rows = rows_of.encode_prompts(tokenizer, [prompt], seq2seq, [subject], [marks])
+    job = jobs_of(model, rows, decoding, names, [subspace])[0]
     return _until(_pieces(model, tokenizer, job, decoding), decoding.stop)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from reftune.errors import AdapterError
+from reftune.interventions.checking import check_fields
 
 ACTIVATIONS = {
     "none": lambda x: x,
@@ -50,6 +51,7 @@ class InterventionConfig:
     """`paper` initialises as published; `identity` leaves the base model's logits unchanged."""
 
     def __post_init__(self) -> None:
+        check_fields(self)
         if not 0 <= self.dropout < 1:
             raise AdapterError(f"dropout is {self.dropout}.", "Use a value from 0 to below 1.")
 
@@ -91,6 +93,7 @@ class Intervention(nn.Module):
 
     def __init__(self, config: InterventionConfig, dim: int) -> None:
         super().__init__()
+        self.check(config)
         self.config, self.dim = config, dim
         rank = getattr(config, "rank", 1)
         if rank > dim:
@@ -98,6 +101,10 @@ class Intervention(nn.Module):
                 f"{type(self).__name__}: rank {rank} is larger than the width {dim} of the site.",
                 f"Use a rank of at most {dim}.",
             )
+
+    @classmethod
+    def check(cls, config: InterventionConfig) -> None:
+        """Raise AdapterError for settings that the method cannot follow. Subclasses extend it."""
 
     def reset(self) -> None:
         """Initialise the parameters in place, as `config.init` says."""
@@ -139,14 +146,16 @@ class Intervention(nn.Module):
 
     @classmethod
     def config_from(cls, values: dict[str, Any]) -> InterventionConfig:
-        """Build the config from plain values; unknown keys raise AdapterError."""
+        """Build the config from plain values; what the method cannot follow raises AdapterError."""
         from reftune.errors import nearest
 
         known = {f.name for f in fields(cls.Config)}
         for key in values:
             if key not in known:
                 raise AdapterError(f'{cls.name} has no setting "{key}".', nearest(key, known))
-        return cls.Config(**values)
+        config = cls.Config(**values)
+        cls.check(config)
+        return config
 
 
 def linear_parameter(rank: int, dim: int) -> nn.Parameter:

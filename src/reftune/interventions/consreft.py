@@ -24,14 +24,15 @@ class Consreft(Lobireft):
     title = "ConsReFT"
     source = "Wu et al. 2024, arXiv 2404.03592, Table 17"
 
-    def __init__(self, config: LowRankConfig, dim: int) -> None:
+    @classmethod
+    def check(cls, config: LowRankConfig) -> None:
+        """Refuse `init="identity"`."""
         if config.init == "identity":
             raise AdapterError(
                 "consreft cannot start at the identity: it overwrites R h with a constant "
                 '(init is "identity").',
                 'Use init "paper", or loreft, which can start at the identity.',
             )
-        super().__init__(config, dim)
 
     def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
         """Compute Rᵀ(b − R h) for h `[n, d]`."""

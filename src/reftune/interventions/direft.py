@@ -34,7 +34,8 @@ class Direft(Intervention):
     Parameters per site: 2·r·d + r.   Source: arXiv 2404.03592, eq. 3.
 
     The reference code calls this class Nodireft; its Direft keeps the rows orthonormal and is our
-    `direft_orth`. With `init="identity"` W1 = 0 and b = 0.
+    `direft_orth`. With `init="identity"` W1 = 0 and b = 0; with an activation W2 = 0 instead, since
+    sigma(0) need not be 0 and relu passes no gradient at 0.
     """
 
     Config = DireftConfig
@@ -51,13 +52,16 @@ class Direft(Intervention):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Initialise like nn.Linear; W1 = 0 and b = 0 for identity."""
+        """Initialise like nn.Linear; for identity as the class says."""
         reset_linear_(self.reft_projection)
-        if self.config.init == "identity":
+        reset_linear_(self.reft_weight, self.reft_bias)
+        if self.config.init == "paper":
+            return
+        if self.config.activation == "none":
             self.reft_weight.zero_()
             self.reft_bias.zero_()
         else:
-            reset_linear_(self.reft_weight, self.reft_bias)
+            self.reft_projection.zero_()
 
     def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
         """Compute W2ᵀ σ(W1 h + b) for h `[n, d]`."""

@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from reftune.errors import AdapterError
 from reftune.interventions.base import (
     ACTIVATIONS,
     Edit,
@@ -35,6 +36,9 @@ class Loreft(Orthonormal, Intervention):
     Parameters per site: 2·r·d + r.   Source: arXiv 2404.03592, eq. 2; subspaces: appendix G.1.
 
     With `init="identity"` W = R and b = 0, so that h' = h.
+
+    Raises:
+        AdapterError: For `init="identity"` with an activation: no W and b make σ(W h + b) = R h.
     """
 
     Config = LoreftConfig
@@ -42,6 +46,16 @@ class Loreft(Orthonormal, Intervention):
     title = "LoReFT"
     source = "Wu et al. 2024, arXiv 2404.03592, eq. 2"
     subspaces = True
+
+    @classmethod
+    def check(cls, config: LoreftConfig) -> None:
+        """Refuse `init="identity"` with an activation."""
+        if config.init == "identity" and config.activation != "none":
+            raise AdapterError(
+                f"loreft cannot start at the identity with an activation (activation is "
+                f'"{config.activation}").',
+                'Use activation "none", init "paper", or noreft, which can.',
+            )
 
     def __init__(self, config: LoreftConfig, dim: int) -> None:
         super().__init__(config, dim)

@@ -14,7 +14,8 @@ class Noreft(Direft):
     """Low-rank edit with the difference term but free rows.
 
     h' = h + W2ᵀ(σ(W1 h + b) − W2 h),   W1, W2 ∈ ℝ^{r×d} free.   Parameters per site: 2·r·d + r.
-    Source: arXiv 2404.03592, Table 17.   With `init="identity"` W1 = W2 and b = 0.
+    Source: arXiv 2404.03592, Table 17.   With `init="identity"` W1 = W2 and b = 0,
+    with an activation W2 = 0 instead.
     """
 
     Config = DireftConfig
@@ -24,9 +25,9 @@ class Noreft(Direft):
 
     @torch.no_grad()
     def reset(self) -> None:
-        """Initialise like nn.Linear; W1 = W2 and b = 0 for identity."""
+        """Initialise like nn.Linear; for identity as the class says."""
         super().reset()
-        if self.config.init == "identity":
+        if self.config.init == "identity" and self.config.activation == "none":
             self.reft_weight.copy_(self.reft_projection)
 
     def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:

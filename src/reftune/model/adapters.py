@@ -17,8 +17,10 @@ from reftune.errors import AdapterError, PositionError, nearest
 from reftune.interventions import get as get_method
 from reftune.interventions import names as method_names
 from reftune.interventions.base import Intervention, InterventionConfig
+from reftune.interventions.checking import check_fields
 from reftune.model.call import Call, Inputs, Rules, bind
 from reftune.model.generation import ScopedGenerate
+from reftune.model.input_grads import install, uninstall
 from reftune.model.lookup import (
     CALL,
     CALLS,
@@ -72,9 +74,9 @@ class Placement:
     """`all`, `late`, `half`, a list, ranges `2-5`, negative numbers, fractions `0.5-1.0`."""
     site: str = BLOCK
     """`block` (block output) or the dotted name of a linear module such as `mlp.up_proj`."""
-    positions: str = "f5+l5"
+    positions: str | PositionRule = "f5+l5"
     """Position rule; see `reftune.model.positions`."""
-    train_positions: str | None = None
+    train_positions: str | PositionRule | None = None
     """Position rule in training, when it differs."""
     tied: bool = True
     """One parameter set for all positions; False: one for prefix terms, one for suffix terms."""
@@ -84,6 +86,9 @@ class Placement:
     """`encoder`, `decoder` or `auto`: the encoder of an encoder-decoder, else the only stack."""
     blocks: str | None = None
     """Dotted name of the list of blocks, where it is not found by itself."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     def rules(self) -> Rules:
         """Return the parsed position rules."""
@@ -268,7 +273,7 @@ def inject(
             if not any(p.is_meta for p in module.parameters()):
                 module.to(weight.device)
     site.train(target.module.training)
-    call.rules[name] = placement.rules()
+    call.rules[name], call.placements[name] = placement.rules(), placement
     return site
 
 
@@ -289,6 +294,7 @@ def prepare(model: nn.Module, blocks: Blocks) -> Call:
         _keep(base, hook)
     if hasattr(base, "generate") and "generate" not in base.__dict__:
         base.generate = ScopedGenerate(base)
+    install(base)
     return call
 
 
@@ -339,6 +345,7 @@ def discard(model: nn.Module, name: str) -> None:
         site.remove(name)
     for call in calls(model):
         call.rules.pop(name, None)
+        call.placements.pop(name, None)
     if not adapter_names(model):
         _clean(model)
 
@@ -357,3 +364,4 @@ def _clean(model: nn.Module) -> None:
             module._gradient_checkpointing_func = wrapped.function
     if isinstance(base.__dict__.get("generate"), ScopedGenerate):
         del base.generate
+    uninstall(base)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,8 @@ from reftune.config.options import LoraOptions
 from reftune.config.recipe import AdapterSpec, ModelSpec
 from reftune.errors import AdapterError, ModelError, nearest
 from reftune.model.names import is_embedded
+from reftune.model.record import SPEC, task_of
 
-FOREIGN = ("lora", "full", "head_only")
-"""Trainable parts that are not interventions."""
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 HEAD_NAMES = ("score", "classifier", "lm_head", "embed_out")
 
@@ -36,12 +36,16 @@ class Summary:
         return self.trainable / max(1, self.total)
 
 
-def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.Module, Any]:
+def load_base(
+    spec: ModelSpec | str, num_labels: int | None = None, device: str | torch.device | None = None
+) -> tuple[nn.Module, Any]:
     """Load a base model in evaluation mode, with its tokenizer.
 
     Args:
         spec: The recipe's model, or just its name.
         num_labels: Classes of a classification head.
+        device: Where to put it; default is CUDA, else MPS, else the CPU. Under `accelerate launch`
+            the default is the CPU: the trainer places, or shards, the model itself.
 
     Raises:
         ModelError: If it cannot be found or loaded; the message says where it was looked for.
@@ -50,16 +54,17 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
     from transformers import AutoTokenizer
 
     spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
-    place = _locate(spec)
+    place, device = _locate(spec), torch.device(device or default_device())
     kwargs: dict[str, Any] = {
         "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     }
-    if spec.dtype == "auto" and not torch.cuda.is_available():
+    if spec.dtype == "auto" and device.type != "cuda":
         kwargs["dtype"] = torch.float32
     if spec.attention != "auto":
         kwargs["attn_implementation"] = spec.attention
     if spec.quantize != "none":
         kwargs["quantization_config"] = _quantization(spec.quantize)
+        kwargs["device_map"] = {"": device}  # quantised weights cannot be moved later
     if num_labels is not None:
         kwargs["num_labels"] = num_labels
     remote = (
@@ -80,7 +85,19 @@ def load_base(spec: ModelSpec | str, num_labels: int | None = None) -> tuple[nn.
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
+    setattr(model, SPEC, spec)
+    if spec.quantize == "none":
+        model.to(device)
     return model.eval(), tokenizer
+
+
+def default_device() -> str:
+    """Return where models go unless told otherwise: `cuda`, `mps` or `cpu`."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
 @contextmanager
@@ -171,32 +188,25 @@ def apply_adapter(model: nn.Module, spec: AdapterSpec, seed: int = 42) -> nn.Mod
         train_positions=spec.train_positions,
         tied=spec.tied,
         short=spec.short,
-        **_task_of(model),
+        stack=spec.stack,
+        blocks=spec.blocks,
+        strength=spec.strength,
+        task_type=task_of(model),
     )
     return get_peft_model(model, config, adapter_name=spec.name)
-
-
-def _task_of(model: nn.Module) -> dict[str, Any]:
-    """Return task type and the head to save beside the adapter."""
-    from reftune.model.sites import base_of
-
-    base = base_of(model)
-    name = type(base).__name__
-    if name.endswith("ForSequenceClassification"):
-        return {"task_type": "SEQ_CLS"}
-    return {
-        "task_type": "SEQ_2_SEQ_LM"
-        if getattr(base.config, "is_encoder_decoder", False)
-        else "CAUSAL_LM"
-    }
 
 
 def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     from reftune.model.layers import parse_layers
+    from reftune.model.levels import keep_below_active
     from reftune.model.sites import find_blocks
 
+    if spec.strength != 1.0:
+        raise AdapterError(f"lora has no strength (it is {spec.strength}).", "Change its alpha.")
+    if spec.name in getattr(model, "peft_config", {}):
+        raise AdapterError(f'The adapter "{spec.name}" exists already.', "Choose another name.")
     known = {item.name for item in fields(LoraOptions)}
     for key in spec.options:
         if key not in known:
@@ -204,21 +214,24 @@ def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     options = LoraOptions(**spec.options)
     layers = None
     if spec.layers != "all":
-        layers = parse_layers(spec.layers, len(find_blocks(model).modules))
+        blocks = find_blocks(model, spec.stack, spec.blocks)
+        layers = parse_layers(spec.layers, len(blocks.modules))
     config = LoraConfig(
         r=options.rank,
         lora_alpha=options.alpha,
         lora_dropout=options.dropout,
         target_modules=options.targets or _attention_targets(model),
         layers_to_transform=layers,
-        **_task_of(model),
+        task_type=task_of(model),
     )
     try:
-        return get_peft_model(model, config, adapter_name=spec.name)
+        adapted = get_peft_model(model, config, adapter_name=spec.name)
     except ValueError as error:
         raise AdapterError(
             f"lora: {_first_line(error)}", "Name the modules with targets."
         ) from error
+    keep_below_active(adapted)
+    return adapted
 
 
 def _attention_targets(model: nn.Module) -> list[str] | None:

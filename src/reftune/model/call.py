@@ -105,6 +105,7 @@ class Call:
     def __init__(self, is_encoder: bool, needs_labels: bool, paired: bool = False) -> None:
         self.is_encoder, self.needs_labels, self.paired = is_encoder, needs_labels, paired
         self.rules: dict[str, Rules] = {}
+        self.placements: dict[str, Any] = {}
         self.inputs = Inputs()
         self.said: Inputs | None = None
         self.scope: Scope | None = None

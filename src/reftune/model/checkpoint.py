@@ -17,32 +17,62 @@ from typing import Any
 from torch import nn
 
 from reftune.errors import AdapterError, ModelError, ReftuneError
-from reftune.model.levels import active_of, base_name, kind_of, levels, model_card
+from reftune.model.hub import download, push
+from reftune.model.levels import (
+    Part,
+    active_of,
+    keep_below_active,
+    kind_of,
+    model_card,
+    parts,
+)
+from reftune.model.record import base_record, spec_from, warn_other_base
+from reftune.model.sites import base_of
 
 STACK = "stack.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+SIDECAR = "reftune.json"
+"""Beside adapters of other kinds: what our own config says of the base model."""
+
+__all__ = [
+    "adapter_bytes",
+    "describe",
+    "load_adapter",
+    "push",
+    "resolve_folder",
+    "save_adapter",
+]
 
 
 def save_adapter(
-    model: nn.Module, folder: str | Path, figures: dict[str, Any] | None = None
+    model: nn.Module,
+    folder: str | Path,
+    figures: dict[str, Any] | None = None,
+    *,
+    name: str | None = None,
 ) -> Path:
     """Save what is trained on a model.
 
     Args:
-        model: A PeftModel, nested PeftModels (saved as a stack) or a plain model (saved whole).
+        model: A PeftModel or a model with an attached adapter; nested ones (saved as a stack); a
+            model without adapters (saved whole).
         folder: Final folder; replaced as a whole once everything is written.
         figures: Figures of the run for the model card.
+        name: The adapter to save, where several are active.
 
     Returns:
         The folder.
+
+    Raises:
+        AdapterError: If several adapters are active and none is named, or the name is unknown.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     temporary.chmod(_folder_mode())  # mkdtemp's own shuts out everybody else
     try:
-        _write(model, temporary, figures or {})
+        _write(model, temporary, figures or {}, name)
         _replace_folder(temporary, folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -71,52 +101,57 @@ def _replace_folder(new: Path, final: Path) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def _write(model: nn.Module, folder: Path, figures: dict[str, Any]) -> None:
-    parts = levels(model)
-    if not parts:
-        model.save_pretrained(folder)
+def _write(model: nn.Module, folder: Path, figures: dict[str, Any], name: str | None) -> None:
+    found = parts(model, name)
+    if not found:
+        base_of(model).save_pretrained(folder)
         return
-    if len(parts) == 1:
-        _write_level(parts[0], folder, None)
+    record = base_record(model)
+    if len(found) == 1:
+        _write_part(found[0], folder, None, record)
     else:
-        order = [kind_of(part) for part in parts]
-        for part, kind, below in zip(parts, order, [None, *order]):
-            _write_level(part, folder / kind, below)
-        text = json.dumps({"order": order, "base": base_name(parts[0])}, indent=2)
+        kinds = [part.kind for part in found]
+        order = []
+        for i, part in enumerate(found):
+            place = numbered(part.kind, kinds[:i].count(part.kind))
+            _write_part(part, folder / place, kinds[i - 1] if i else None, record)
+            order.append({"folder": place, "kind": part.kind, "name": part.name})
+        text = json.dumps({"order": order, "base": found[0].base_name()}, indent=2)
         (folder / STACK).write_text(text + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(parts, figures), encoding="utf-8")
+    (folder / "README.md").write_text(model_card(found, figures), encoding="utf-8")
 
 
-def _write_level(level: nn.Module, folder: Path, below: str | None) -> None:
-    """Write one PEFT adapter: its own tensors only, also when others hang on the same model."""
-    from peft import get_peft_model_state_dict
+def numbered(kind: str, before: int) -> str:
+    """Return the folder of a stack's part: its kind, numbered from the second of a kind on.
+
+    >>> numbered("reft", 0), numbered("reft", 1)
+    ('reft', 'reft-2')
+    """
+    return f"{kind}-{before + 1}" if before else kind
+
+
+def _write_part(part: Part, folder: Path, below: str | None, record: dict[str, Any]) -> None:
+    """Write one adapter: its own tensors only, also when others hang on the same model."""
     from safetensors.torch import save_file
 
-    from reftune.model.site import CHILD
-
     folder.mkdir(parents=True, exist_ok=True)
-    name = active_of(level)
-    kind = kind_of(level)
-    tensors = get_peft_model_state_dict(level, adapter_name=name, save_embedding_layers=False)
     tensors = {
-        key: value.detach().cpu().contiguous().clone()
-        for key, value in tensors.items()
-        if (f".{CHILD}." in key) == (kind == "reft") or _is_head(level, key)
+        key: value.detach().cpu().contiguous().clone() for key, value in part.tensors().items()
     }
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
-    config = level.peft_config[name].to_dict()
-    config.update(inference_mode=True, base_model_name_or_path=base_name(level))
+    config = part.config.to_dict()
+    config.update(inference_mode=True, base_model_name_or_path=part.base_name())
     config["target_modules"] = _plain_targets(config.get("target_modules"))
-    if kind == "reft":
-        config["stacked_on"] = below
-    config = {key: getattr(value, "value", value) for key, value in config.items()}
-    text = json.dumps(config, indent=2, sort_keys=True, default=str)
-    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    if part.kind == "reft":
+        config.update(stacked_on=below, base_model=record)
+    else:
+        _write_json(folder / SIDECAR, {"base_model": record})
+    _write_json(folder / CONFIG, {k: getattr(v, "value", v) for k, v in config.items()})
 
 
-def _is_head(level: nn.Module, key: str) -> bool:
-    heads = getattr(level, "modules_to_save", None) or ()
-    return any(f".{head}." in key for head in heads)
+def _write_json(file: Path, values: dict[str, Any]) -> None:
+    text = json.dumps(values, indent=2, sort_keys=True, default=str)
+    file.write_text(text + "\n", encoding="utf-8")
 
 
 def _plain_targets(targets: Any) -> Any:
@@ -124,15 +159,23 @@ def _plain_targets(targets: Any) -> Any:
 
 
 def load_adapter(
-    path: str | Path, model: nn.Module | None = None, trainable: bool = False, tokenizer: Any = None
+    path: str | Path,
+    model: nn.Module | None = None,
+    trainable: bool = False,
+    tokenizer: Any = None,
+    *,
+    device: str | None = None,
+    trust_remote_code: bool = False,
 ) -> tuple[nn.Module, Any]:
     """Load an adapter, a stack or a whole model.
 
     Args:
-        path: A folder, a run folder, or a hub name.
+        path: A folder, a run folder, or a hub name: `owner/name` or `owner/name@revision`.
         model: The base model, if it is loaded already.
         trainable: Whether its parameters may be trained on.
         tokenizer: Returned as it is when `model` is given.
+        device: Where to put a base model loaded here; see `load_base`.
+        trust_remote_code: Run code that comes with the base model. Never taken from the artefact.
 
     Returns:
         (model, tokenizer); the tokenizer is None when only `model` was given.
@@ -141,57 +184,68 @@ def load_adapter(
         AdapterError: If the folder is not an adapter, is corrupted or does not fit the base model.
     """
     folder = resolve_folder(path)
+    how = {"device": device, "trust_remote_code": trust_remote_code}
     if (folder / STACK).is_file():
-        base, parts = _read_stack(folder)
-        model, tokenizer = _base_for(base, model, tokenizer, parts[0])
-        for part in parts:
-            model = _load_level(part, model, trainable)
+        base, layers = _read_stack(folder)
+        model, tokenizer = _base_for(base, model, tokenizer, layers[0][0], how)
+        for part, name in layers:
+            model = _load_level(part, model, trainable, name)
         return model.eval(), tokenizer
     if not (folder / CONFIG).is_file():
         if (folder / "config.json").is_file() and model is None:
-            from reftune.model.build import load_base
-
-            return load_base(str(folder.resolve()))
+            return _load_whole(folder, how)
         raise AdapterError(
             f'"{path}" is not an adapter: there is no {CONFIG}, {STACK} or config.json in it.',
             "Give a folder written by reftune or PEFT, or a run folder.",
         )
-    config = _read_json(folder / CONFIG)
-    model, tokenizer = _base_for(config.get("base_model_name_or_path"), model, tokenizer, folder)
+    name = _read_json(folder / CONFIG).get("base_model_name_or_path")
+    model, tokenizer = _base_for(name, model, tokenizer, folder, how)
     return _load_level(folder, model, trainable).eval(), tokenizer
+
+
+def _load_whole(folder: Path, how: dict[str, Any]) -> tuple[nn.Module, Any]:
+    """Load a whole model, with the head it was saved with."""
+    from reftune.config.recipe import ModelSpec
+    from reftune.model.build import load_base
+
+    classes = _read_json(folder / "config.json").get("architectures") or [""]
+    head = "causal"
+    if str(classes[0]).endswith("ForSequenceClassification"):
+        head = "classification"
+    elif str(classes[0]).endswith("ForConditionalGeneration"):
+        head = "seq2seq"
+    trust = how["trust_remote_code"]
+    spec = ModelSpec(str(folder.resolve()), head=head, trust_remote_code=trust)
+    return load_base(spec, device=how["device"])
 
 
 def resolve_folder(path: str | Path) -> Path:
     """Return the artefact's folder: itself, the one inside a run folder, or a hub download."""
     folder = Path(path).expanduser()
+    found = _artefact_in(folder)
+    if found is not None:
+        return found
+    if folder.exists():
+        return folder
+    if str(path).startswith((".", "/", "~")) or not _is_hub_path(str(path)):
+        raise AdapterError(
+            f'There is no adapter folder "{path}".',
+            "Check the path; hub names are owner/name or owner/name@revision.",
+        )
+    folder = download(str(path))
+    return _artefact_in(folder) or folder
+
+
+def _artefact_in(folder: Path) -> Path | None:
     for inner in ("", "stack", "adapter", "model"):
         if any((folder / inner / name).is_file() for name in (CONFIG, STACK, "config.json")):
             return folder / inner
-    if folder.exists():
-        return folder
-    if str(path).startswith((".", "/", "~")) or str(path).count("/") != 1 or folder.parent.exists():
-        raise AdapterError(
-            f'There is no adapter folder "{path}".', "Check the path; hub names are owner/name."
-        )
-    return _download(str(path))
+    return None
 
 
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import (
-        HfHubHTTPError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-    )
-
-    try:
-        return Path(snapshot_download(name))
-    except (RepositoryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise AdapterError(
-            f'"{name}" is no local folder and could not be fetched from the hub '
-            f"({type(error).__name__}).",
-            "Check the name and the network.",
-        ) from error
+def _is_hub_path(path: str) -> bool:
+    name = path.partition("@")[0]
+    return name.count("/") == 1 and not Path(name).parent.exists()
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -206,35 +260,37 @@ def _read_json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _read_stack(folder: Path) -> tuple[str | None, list[Path]]:
-    """Return the base model's name and the folders of a stack, innermost first."""
+def _read_stack(folder: Path) -> tuple[str | None, list[tuple[Path, str]]]:
+    """Return the base model's name, and folder and adapter name of a stack's parts from below."""
     values = _read_json(folder / STACK)
     order = values.get("order")
     if not isinstance(order, list) or not order:
         raise AdapterError(f"{STACK} in {folder} names no adapters.", "Save the stack again.")
-    parts = [folder / str(part) for part in order]
-    for part in parts:
-        if not (part / CONFIG).is_file():
-            raise AdapterError(f"The stack {folder} lacks {part.name}/.", "Save the stack again.")
-    return values.get("base"), parts
+    # Stacks written before a kind could stand in one twice list the folders alone.
+    entries = [entry if isinstance(entry, dict) else {"folder": entry} for entry in order]
+    found = [(str(e.get("folder", "")), str(e.get("name", "default"))) for e in entries]
+    for place, _ in found:
+        if not re.fullmatch(r"[\w-]+", place) or not (folder / place / CONFIG).is_file():
+            raise AdapterError(f"The stack {folder} lacks {place}/.", "Save the stack again.")
+    return values.get("base"), [(folder / place, name) for place, name in found]
 
 
 def _base_for(
-    name: str | None, model: nn.Module | None, tokenizer: Any, folder: Path
+    name: str | None, model: nn.Module | None, tokenizer: Any, folder: Path, how: dict[str, Any]
 ) -> tuple[nn.Module, Any]:
     """Return the base model the adapter in a folder needs."""
     if model is not None:
         return model, tokenizer
     if not name:
         raise AdapterError(f'"{folder}" does not say which base model it needs.', "Pass model=.")
-    from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
 
-    task = _read_json(folder / CONFIG).get("task_type")
-    head = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}.get(task, "causal")
-    num_labels = _num_labels(folder) if head == "classification" else None
+    config = _read_json(folder / CONFIG)
+    beside = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else config
+    spec = spec_from(name, beside.get("base_model"), config, how["trust_remote_code"])
+    num_labels = _num_labels(folder) if spec.head == "classification" else None
     try:
-        return load_base(ModelSpec(name=name, head=head), num_labels)
+        return load_base(spec, num_labels, device=how["device"])
     except ModelError as error:
         raise AdapterError(
             f'The base model of "{folder}" is not available: {error.what}', "Pass model=."
@@ -261,11 +317,13 @@ def _opened(folder: Path) -> Any:
         ) from error
 
 
-def _load_level(folder: Path, model: nn.Module, trainable: bool) -> nn.Module:
+def _load_level(
+    folder: Path, model: nn.Module, trainable: bool, name: str = "default"
+) -> nn.Module:
     from peft import PeftModel
 
-    import reftune.model.face  # noqa: F401  (registers the PEFT type)
     from reftune.model.adapters import adapter_names, discard
+    from reftune.model.face import MEMBER  # importing it registers the PEFT type
 
     config = _read_json(folder / CONFIG)
     known = _known_peft_types()
@@ -277,9 +335,14 @@ def _load_level(folder: Path, model: nn.Module, trainable: bool) -> nn.Module:
     with _opened(folder) as file:
         saved = set(file.keys())
     before = adapter_names(model)
+    if config["peft_type"] != MEMBER:  # ours warns by itself, also when PEFT loads it
+        warn_other_base(config.get("base_model_name_or_path"), model)
     try:
-        loaded = PeftModel.from_pretrained(model, str(folder), is_trainable=trainable)
+        loaded = PeftModel.from_pretrained(
+            model, str(folder), adapter_name=name, is_trainable=trainable
+        )
         _check_complete(loaded, saved, folder)
+        keep_below_active(loaded)
     except (RuntimeError, ValueError, TypeError, KeyError, ReftuneError) as error:
         for name in set(adapter_names(model)) - set(before):
             discard(model, name)
@@ -299,15 +362,9 @@ def _known_peft_types() -> list[str]:
 
 
 def _check_complete(model: nn.Module, saved: set[str], folder: Path) -> None:
-    from peft import get_peft_model_state_dict
-
-    from reftune.model.site import CHILD
-
-    present = set(
-        get_peft_model_state_dict(model, adapter_name=active_of(model), save_embedding_layers=False)
-    )
-    ours = kind_of(model) == "reft"
-    present = {key for key in present if (f".{CHILD}." in key) == ours or key in saved}
+    name = active_of(model)
+    level = Part(model, name, kind_of(model), model.peft_config[name], is_level=True)
+    present = set(level.tensors())
     if present != saved:
         lost, missing = sorted(saved - present), sorted(present - saved)
         raise AdapterError(
@@ -326,8 +383,9 @@ def describe(path: str | Path) -> dict[str, Any]:
     """Return what an artefact is, without loading it."""
     folder = resolve_folder(path)
     if (folder / STACK).is_file():
-        order = _read_json(folder / STACK)
-        return {"kind": "stack", **order, "bytes": adapter_bytes(folder)}
+        base, found = _read_stack(folder)
+        order = [place.name for place, _ in found]
+        return {"kind": "stack", "order": order, "base": base, "bytes": adapter_bytes(folder)}
     if (folder / CONFIG).is_file():
         config = _read_json(folder / CONFIG)
         keys = ("method", "layers", "positions", "site", "tied", "intervention", "r")

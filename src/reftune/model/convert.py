@@ -205,9 +205,10 @@ def _fill(adapted: nn.Module, by_layer: dict[int, list[Piece]], tied: bool) -> f
 @torch.no_grad()
 def _difference(module: nn.Module, piece: Piece) -> float:
     """Compare a filled intervention with the published equation on random states, in float64."""
-    states = torch.randn(16, module.dim, generator=torch.Generator().manual_seed(0))
+    device = next(module.parameters()).device
+    states = torch.randn(16, module.dim, generator=torch.Generator().manual_seed(0)).to(device)
     wide = states.double()
-    tensors = {name: value.double() for name, value in piece.tensors.items()}
+    tensors = {name: value.to(device).double() for name, value in piece.tensors.items()}
     out = tensors.get("reft_rotation", tensors.get("reft_projection"))
     source = wide @ tensors["reft_weight"].T + tensors["reft_bias"]
     if piece.method != "direft":

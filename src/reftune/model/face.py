@@ -1,32 +1,38 @@
 """The PEFT face: `ReftConfig` and its tuner, registered as `PeftType.REFTUNE`.
 
 Everything PEFT offers works on it unchanged: `get_peft_model`, `from_pretrained`, several adapters,
-`disable_adapter`, `adapter_names=[...]`, Trainer, TRL. Only this file and `stack.py` import peft.
+`disable_adapter`, `adapter_names=[...]`, Trainer, TRL. Besides this file only `levels.py`,
+`checkpoint.py` and `build.py` import peft.
 """
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
+import peft
 import torch
-from peft import PeftConfig, PeftModel, PeftType, get_peft_model
+from peft import PeftConfig, PeftModel, PeftType
 from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import register_peft_method
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from reftune.errors import AdapterError, ReftuneError
+from reftune.errors import ReftuneError
 from reftune.interventions import get as get_method
 from reftune.interventions.base import Intervention, InterventionConfig
 from reftune.model import adapters as core
+from reftune.model.levels import amend_card
 from reftune.model.merge import merge_adapter
 from reftune.model.names import public_name
+from reftune.model.record import base_record, check_base, check_below, task_of, warn_other_base
 from reftune.model.site import CHILD, Site
 from reftune.model.sites import base_of, find_blocks, find_targets
 
@@ -57,6 +63,7 @@ class ReftConfig(PeftConfig):
         method: Registered name, where several methods share a config class.
         layers, site, positions, train_positions, tied, short, stack, blocks: See `Placement`.
         stacked_on: Kind of the adapter it was trained on top of (`lora`), checked when loading.
+        base_model: How the base model was loaded (name, revision, dtype, quantize, head).
         modules_to_save: Modules trained and saved beside it, for instance a classification head.
         task_type: As in PEFT; default CAUSAL_LM.
 
@@ -82,6 +89,7 @@ class ReftConfig(PeftConfig):
     modules_to_save: list[str] | None = None
     bias: str = "none"
     stacked_on: str | None = None
+    base_model: dict[str, Any] | None = None
 
     def __init__(
         self,
@@ -104,6 +112,7 @@ class ReftConfig(PeftConfig):
         modules_to_save: list[str] | None = None,
         bias: str = "none",
         stacked_on: str | None = None,
+        base_model: dict[str, Any] | None = None,
         task_type: str | None = TaskType.CAUSAL_LM,
         peft_type: str | None = None,
         auto_mapping: dict[str, Any] | None = None,
@@ -125,6 +134,7 @@ class ReftConfig(PeftConfig):
         self.strength, self.base_dim, self.base_layers = strength, base_dim, base_layers
         self.target_modules, self.exclude_modules = target_modules, exclude_modules
         self.modules_to_save, self.bias, self.stacked_on = modules_to_save, bias, stacked_on
+        self.base_model = base_model
         self.settings()
         self.placement().groups()
 
@@ -151,6 +161,28 @@ class ReftConfig(PeftConfig):
         values = super().to_dict()
         values["base_model_name_or_path"] = public_name(values.get("base_model_name_or_path"))
         return values
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write the JSON file; add the import that loading needs to the card PEFT wrote."""
+        super().save_pretrained(save_directory, **kwargs)
+        amend_card(Path(save_directory))
+
+    def fitted(self, model: nn.Module) -> ReftConfig:
+        """Note what the adapter must find again when it is loaded; returns itself.
+
+        Raises:
+            AdapterError: If it was trained on a model of another shape.
+        """
+        base = base_of(model)
+        blocks = find_blocks(base, self.stack, self.blocks)
+        check_base(self, blocks.dim, len(blocks.modules))
+        self.base_dim, self.base_layers = blocks.dim, len(blocks.modules)
+        targets = find_targets(blocks, self.layers, self.site)
+        self.target_modules = "|".join(re.escape(t.name) for t in targets)
+        stored = public_name(self.base_model_name_or_path)
+        if not isinstance(self.base_model, dict) or self.base_model.get("name") != stored:
+            self.base_model = base_record(base)
+        return self
 
 
 def _method_of(
@@ -213,14 +245,13 @@ class ReftModel(BaseTuner):
     def _prepare_adapter_config(self, peft_config: ReftConfig, model_config: dict) -> ReftConfig:
         base = base_of(self.model)
         blocks = find_blocks(base, peft_config.stack, peft_config.blocks)
-        check_base(peft_config, blocks.dim, len(blocks.modules))
+        peft_config.fitted(base)
         check_below(peft_config, self.model)
+        warn_other_base(peft_config.base_model_name_or_path, base)
         self._blocks = blocks
         targets = find_targets(blocks, peft_config.layers, peft_config.site)
         prefix = next(name for name, module in self.model.named_modules() if module is base)
         self._targets = {f"{prefix}.{t.name}".lstrip("."): t for t in targets}
-        peft_config.base_dim, peft_config.base_layers = blocks.dim, len(blocks.modules)
-        peft_config.target_modules = "|".join(re.escape(t.name) for t in targets)
         core.prepare(base, blocks)
         return peft_config
 
@@ -282,6 +313,27 @@ class ReftModel(BaseTuner):
             del below.peft_config
         return below
 
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        """Switch this level's adapters; those of levels below go on acting, trained or frozen."""
+        lower = [
+            name
+            for tuner in self.model.modules()
+            if isinstance(tuner, ReftModel)
+            for name in tuner.active_adapters
+        ]
+        kept = [
+            (p, p.requires_grad)
+            for site in core.sites(self.model)
+            for name in lower
+            for module in site.groups(name).values()
+            for p in module.parameters()
+        ]
+        super().set_adapter(adapter_name, inference_mode)
+        for site in core.sites(self.model) if lower else ():
+            site._active_adapter = [*lower, *self.active_adapters]
+        for parameter, flag in kept:
+            parameter.requires_grad_(flag)
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter; the hooks leave with the last one."""
         super().delete_adapter(adapter_name)
@@ -295,31 +347,29 @@ class ReftModel(BaseTuner):
         return short if count else super()._remove_adapter_name_from_key(key, adapter_name)
 
 
-def check_base(config: ReftConfig, dim: int, num_layers: int) -> None:
-    """Raise AdapterError when an adapter was trained on a model of another shape."""
-    differs = []
-    if config.base_dim not in (None, dim):
-        differs.append(f"width {config.base_dim} (this model has {dim})")
-    if config.base_layers not in (None, num_layers):
-        differs.append(f"{config.base_layers} blocks (this model has {num_layers})")
-    if differs:
-        raise AdapterError(
-            f"The adapter was trained on {config.base_model_name_or_path or 'a model'} with "
-            f"{' and '.join(differs)}.",
-            "Load it on the model it was trained on.",
-        )
+def get_peft_model(
+    model: nn.Module, peft_config: PeftConfig, adapter_name: str = "default", **kwargs: Any
+) -> PeftModel:
+    """Put an adapter on a model, as `peft.get_peft_model` does.
 
+    A `ReftConfig` that leaves its task type at the default gets the one of the model's class: a
+    classifier's head is then trained and saved too.
 
-def check_below(config: ReftConfig, model: nn.Module) -> None:
-    """Raise AdapterError when the adapter this one was trained on top of is missing."""
-    below = getattr(model, "peft_config", None) or {}
-    kinds = {str(c.peft_type.value).lower() for c in below.values() if c is not config}
-    if config.stacked_on and config.stacked_on not in kinds:
-        raise AdapterError(
-            f'This adapter was trained on top of a "{config.stacked_on}" adapter, '
-            "which is not on the model.",
-            "Load the whole stack (the folder with stack.json), or apply that adapter first.",
-        )
+    Args:
+        model: A transformers model, or one with adapters.
+        peft_config: A `ReftConfig`, or any other config of PEFT.
+        adapter_name: The adapter's name.
+        **kwargs: Further arguments of `peft.get_peft_model`.
+
+    Raises:
+        AdapterError, SiteError, PositionError: When the config does not fit the model.
+    """
+    if isinstance(peft_config, ReftConfig) and peft_config.task_type == TaskType.CAUSAL_LM:
+        task = task_of(model)
+        if task != TaskType.CAUSAL_LM:
+            peft_config = copy.copy(peft_config)
+            peft_config.task_type = task
+    return peft.get_peft_model(model, peft_config, adapter_name, **kwargs)
 
 
 if PeftType(MEMBER) not in PEFT_TYPE_TO_TUNER_MAPPING:

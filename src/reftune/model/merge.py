@@ -8,7 +8,6 @@ Everything else depends on positions or on h in a way no weight can express, and
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
@@ -181,12 +180,3 @@ def _write(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
         bias = torch.zeros_like(factor) if linear.bias is None else linear.bias.to(wide)
         value = (factor * bias + shift).to(weight.dtype)
         linear.bias = nn.Parameter(value, requires_grad=False)
-
-
-def merged_copy(model: nn.Module, name: str) -> nn.Module:
-    """Return a plain copy of the base model with an adapter merged; the model is unchanged."""
-    from reftune.model.adapters import detach
-
-    twin = copy.deepcopy(base_of(model))
-    merge_adapter(twin, name)
-    return detach(twin)

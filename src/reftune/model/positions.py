@@ -131,15 +131,15 @@ class PositionRule:
             tokens: The columns of this forward pass.
             group: `tied` for all terms, `prefix` or `suffix` for one side of an untied adapter.
                 A place both sides claim belongs to the prefix.
-            short: For prompts with fewer tokens than the rule names: `union` edits each place
-                once; `paper` clips to floor(n/2) and ceil(n/2); `error` raises.
+            short: For short prompts: `union` edits each place once; `paper` clips the prefix to
+                floor(n/2) and the suffix to ceil(n/2), each also alone; `error` raises.
 
         Raises:
             PositionError: On a short prompt with `short="error"`, or a missing mask or subject.
         """
         place, n = tokens.place, tokens.prompt_len
         prefix, suffix = self.prefix, self.suffix
-        if short == "paper" and prefix and suffix:
+        if short == "paper":
             prefix = torch.clamp(n // 2, max=prefix)
             suffix = torch.clamp((n + 1) // 2, max=suffix)
         elif short == "error":

@@ -10,7 +10,6 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from reftune.errors import ModelError
@@ -107,10 +106,7 @@ class Runner:
     def _causal(self, prepared: Prepared, hidden: bool) -> RunOutput:
         labels = prepared.labels[:, 1:]
         where = labels != IGNORE
-        rows, columns = where.nonzero(as_tuple=True)
-        if rows.numel() == 0:
-            raise ModelError("No row of the batch has a label.", "Check that rows have a target.")
-        catcher = _HeadGather(base_of(_unwrapped(self.model)), rows, columns, keep=hidden)
+        catcher = _HeadGather(base_of(_unwrapped(self.model)), *_labelled(where), keep=hidden)
         with self._scope(prepared), catcher:
             output = self.model(
                 input_ids=prepared.input_ids,
@@ -120,30 +116,21 @@ class Runner:
                 use_cache=False,
                 **prepared.extra,
             )
-        logits = output.logits
-        logits = logits.reshape(-1, logits.shape[-1]) if catcher.used else logits[rows, columns]
-        return RunOutput(logits, labels[where], rows, catcher.hidden, num_rows=prepared.num_rows)
+        return catcher.output(output.logits, labels[where], prepared.num_rows)
 
     def _seq2seq(self, prepared: Prepared, hidden: bool) -> RunOutput:
+        base = base_of(_unwrapped(self.model))
         where = prepared.labels != IGNORE
-        rows, columns = where.nonzero(as_tuple=True)
-        with self._scope(prepared):
+        catcher = _HeadGather(base, *_labelled(where), keep=hidden)
+        extra = {"decoder_input_ids": _shifted(base, prepared.labels), **prepared.extra}
+        with self._scope(prepared), catcher:
             output = self.model(
                 input_ids=prepared.input_ids,
                 attention_mask=prepared.attention_mask,
-                labels=prepared.labels,
                 use_cache=False,
-                output_hidden_states=hidden,
-                **prepared.extra,
+                **extra,
             )
-        states = output.decoder_hidden_states[-1][rows, columns] if hidden else None
-        return RunOutput(
-            output.logits[rows, columns],
-            prepared.labels[where],
-            rows,
-            states,
-            num_rows=prepared.num_rows,
-        )
+        return catcher.output(output.logits, prepared.labels[where], prepared.num_rows)
 
     def _classify(self, prepared: Prepared) -> RunOutput:
         with self._scope(prepared):
@@ -184,18 +171,37 @@ class _HeadGather:
     def __exit__(self, *error: object) -> None:
         self.handle.remove()
 
+    def output(self, logits: Tensor, labels: Tensor, num_rows: int) -> RunOutput:
+        """Return what came back of the model's logits `[1, n, V]` (or of all, `[B, T, V]`)."""
+        if self.used:
+            logits = logits.reshape(-1, logits.shape[-1])
+        else:
+            logits = logits[self.rows, self.columns]
+        return RunOutput(logits, labels, self.rows, self.hidden, num_rows=num_rows)
+
+
+def _labelled(where: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and columns of the labels `[n]`; `where` is `[B, T]`."""
+    rows, columns = where.nonzero(as_tuple=True)
+    if rows.numel() == 0:
+        raise ModelError("No row of the batch has a label.", "Check that rows have a target.")
+    return rows, columns
+
+
+def _shifted(base: nn.Module, labels: Tensor) -> Tensor:
+    """Return what the decoder reads to predict `labels` `[B, T]`: the start token, then they."""
+    if hasattr(base, "prepare_decoder_input_ids_from_labels"):
+        return base.prepare_decoder_input_ids_from_labels(labels=labels)
+    config = base.config
+    start = getattr(config, "decoder_start_token_id", None)
+    start = config.pad_token_id if start is None else start
+    ids = labels.roll(1, dims=1)
+    ids[:, 0] = start
+    return ids.masked_fill(ids == IGNORE, config.pad_token_id)
+
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """Return the model inside DDP or torch.compile."""
     while hasattr(model, "module") and not hasattr(model, "config"):
         model = model.module
     return getattr(model, "_orig_mod", model)
-
-
-@torch.no_grad()
-def label_log_probs(run: Runner, prepared: Prepared) -> Tensor:
-    """Return the summed log-probability of each row's labels, `[B]` in fp32."""
-    output = run(prepared)
-    assert output.logits is not None and output.rows is not None
-    chosen = output.logits.float().log_softmax(-1).gather(1, output.labels[:, None])[:, 0]
-    return chosen.new_zeros(output.num_rows).index_add(0, output.rows, chosen)

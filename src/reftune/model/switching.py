@@ -25,11 +25,14 @@ def use(model: nn.Module, names: str | Sequence[str]) -> None:
         for name in site.adapters():
             for module in site.groups(name).values():
                 module.requires_grad_(name in names)
-    for tuner in _tuners(model):
-        tuner.active_adapter = list(names)
+    tuners = {tuner: [n for n in names if n in tuner.peft_config] for tuner in _tuners(model)}
+    for tuner, own in tuners.items():
+        if own or len(tuners) == 1:
+            tuner.active_adapter = own
     for wrapper in model.modules():
-        if getattr(wrapper, "base_model", None) in _tuners(model) and names:
-            wrapper.active_adapter = names[0]
+        own = tuners.get(wrapper._modules.get("base_model"))
+        if own:
+            wrapper.active_adapter = own[0]
 
 
 def _tuners(model: nn.Module) -> list[nn.Module]:

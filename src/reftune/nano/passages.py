@@ -42,6 +42,12 @@ TRAIN_KINDS: tuple[tuple[int, float], ...] = ((1, 1.0), (2, 1.0), (3, 0.1))
 MAX_SENTENCES = 9
 _RELATIONS = tuple(RELATIONS)
 
+REPEAT = (14 / 30, 0.7)
+"""Part of training that goes back to open look-ups, most of them in up to three sentences.
+
+After 13.5 M tokens the answers to yes/no questions were still chance and only passages of one or
+two sentences were looked up: the first third had been too short for this skill."""
+
 
 @dataclass(frozen=True)
 class Passage:
@@ -248,8 +254,8 @@ def sample_passage(
         rng: Source of all chance.
         split: Side of the split the key must lie on.
         progress: How far training has come, 0 to 1: passages grow from at most 4 sentences to 9,
-            and from one third on every second question is a yes/no question. Default: 0 in the
-            training split, 1 (the final distribution) in the others.
+            and from one third on every second question is a yes/no question, but for `REPEAT`.
+            Default: 0 in the training split, 1 (the final distribution) in the others.
         kind: 1 to 4; default is drawn at the rates of training, which never include 4.
         form: `open` or `yes_no`; default is drawn.
 
@@ -262,9 +268,13 @@ def sample_passage(
         kind = rng.choices([k for k, _ in TRAIN_KINDS], [rate for _, rate in TRAIN_KINDS])[0]
     elif kind not in KINDS:
         raise ValueError(f"A passage kind is one of {KINDS}, not {kind!r}.")
+    is_repeat = REPEAT[0] <= progress < REPEAT[1]
     if form is None:
-        form = "open" if rng.random() < (0.9 if progress < 1 / 3 else 0.5) else "yes_no"
-    length = rng.randint(1, min(MAX_SENTENCES, 4 + int(6 * progress)))
+        form = (
+            "open" if rng.random() < (0.9 if progress < 1 / 3 or is_repeat else 0.5) else "yes_no"
+        )
+    longest = min(MAX_SENTENCES, 4 + int(6 * progress))
+    length = rng.randint(1, 3 if is_repeat and rng.random() < 0.7 else longest)
     plan: Plan | None = None
     attempts = 0
     while True:

@@ -10,9 +10,14 @@ A grid file:
     set: {epochs: 2}                     # optional; changes of all cells
     note: smoke figure                   # optional; shown beside every row
     rows:
-      - {method: base}                   # scored beside the first row's runs, not trained
+      - {method: base}                   # scored beside the first run of the rows, not trained
       - {method: loreft, set: {adapter.rank: 4}}
       - {name: loreft-r16, method: loreft, set: {adapter.rank: 16}}
+
+Rows may come from several recipes. Then a name has a place, and each place its own base row:
+
+      - {name: svamp/base, method: base}
+      - {name: svamp/loreft, recipe: recipes/smoke/svamp.yaml}
 """
 
 from __future__ import annotations
@@ -30,7 +35,7 @@ from reftune.config import loader
 from reftune.config.recipe import Recipe
 from reftune.config.shipped import find
 from reftune.errors import RecipeError, ReftuneError
-from reftune.report.model import Report
+from reftune.report.model import Report, base_name
 
 log = logging.getLogger(__name__)
 
@@ -136,13 +141,15 @@ def _add_cells(
 ) -> None:
     """Add the cells of one task on one model."""
     ending = f"@{suffix}" if suffix else ""
-    wants_base = any(row.get("method") == BASE for row in plan["rows"])
-    if wants_base:
-        grid.base_rows.append(f"{section}/{BASE}{ending}")
+    open_bases = {
+        f"{section}/{row.get('name', BASE)}{ending}": None
+        for row in plan["rows"]
+        if row.get("method") == BASE
+    }
+    grid.base_rows += open_bases
     shared = _settings(plan.get("set"))
     shared += [f"task={json.dumps(task)}"] if task is not None else []
     shared += [f"model={json.dumps(model)}"] if model is not None else []
-    first = True
     for row in plan["rows"]:
         if row.get("method") == BASE:
             continue
@@ -150,13 +157,17 @@ def _add_cells(
         changes = _method(row) + shared + _settings(row.get("set"))
         source = find(row.get("recipe", plan.get("recipe", "")))
         for seed in row.get("seeds", plan.get("seeds", [42])):
-            with_base = json.dumps(wants_base and first)
-            first = False
+            # The first run of a place scores the base model for all of them.
+            with_base = base_name(name) in open_bases
+            open_bases.pop(base_name(name), None)
             own = [f"seed={seed}", f"name={name}/seed-{seed}", f"output={output}"]
-            own.append(f"evaluation.compare_base={with_base}")
+            own.append(f"evaluation.compare_base={json.dumps(with_base)}")
             recipe = loader.load(source, [*changes, *own])
             note = row.get("note", grid.note)
             grid.cells.append(Cell(name, seed, recipe, note))
+    if open_bases:
+        what = f"The grid has a base row {next(iter(open_bases))} and no other row beside it."
+        raise RecipeError(what, "Give rows of one place names with the same first part.")
 
 
 def _method(row: dict[str, Any]) -> list[str]:

@@ -1,6 +1,6 @@
 """Runs the cells of a grid, one after the other, and publishes what is finished.
 
-    python -m reftune.report.grid benchmarks/families.yaml --max-minutes 30
+    python -m reftune.report.grid recipes/grids/families.yaml --max-minutes 30
 
 Finished cells are skipped, an interrupted cell is resumed, and a cell that was run with another
 recipe is kept under a new name and run again. Open cells are printed and published as open.

@@ -150,6 +150,12 @@ class ResultRow(BaseModel):
     """Versions it was made with."""
     note: str = ""
     """For instance `smoke figure`."""
+    setting: str = ""
+    """What it was measured with, for benchmarks: batch, device, threads ..."""
+    bar: str = ""
+    """What it is held against: `<= 0.75`, `at least 0.95`."""
+    holds: bool | None = None
+    """Whether it is within its bar; None where there is none, or no value."""
 
     @property
     def section(self) -> str:
@@ -172,6 +178,17 @@ class ResultRow(BaseModel):
             high=self.high,
             unit=self.unit,
         )
+
+
+def base_name(name: str) -> str:
+    """Return the name of the base model's row beside a row: same place, `base`, same suffix.
+
+    >>> base_name("families/loreft@nano-gpt2"), base_name("smoke/svamp/loreft")
+    ('families/base@nano-gpt2', 'smoke/svamp/base')
+    """
+    place, _, last = name.rpartition("/")
+    suffix = last[last.index("@") :] if "@" in last else ""
+    return f"{place}/base{suffix}".lstrip("/")
 
 
 def read_model(model: type[Any], path: Path, remedy: str) -> Any:

@@ -1,38 +1,35 @@
 """Published results: run folders in, `docs/results.json`, `docs/results.md` and plots out.
 
 `results.json` is the only source; the page and the plots are made from it and never edited.
+
+    python -m reftune.report.results                  write the page and the plots again
+    python -m reftune.report.results add speed.json --section speed --command "make results-speed"
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
 import math
 import re
+import sys
 from collections.abc import Iterable, Sequence
 from os import PathLike
 from pathlib import Path
 
 from pydantic import ValidationError
 
-from reftune.errors import DataError
+from reftune.errors import DataError, ReftuneError
 from reftune.inference.stats import t_quantile, wilson
 from reftune.report.files import write_json_atomic, write_text_atomic
-from reftune.report.model import Figure, Report, ResultRow
-from reftune.report.plots import forest
-from reftune.report.tables import result_table
+from reftune.report.model import Figure, Report, ResultRow, base_name
+from reftune.report.page import page
 
 log = logging.getLogger(__name__)
 
 SEED_SUFFIX = re.compile(r"[-_/](?:seed|s)[-_=]?(\d+)$")
 COST_UNITS = {"seconds", "bytes", "tokens/s"}
-HEAD = """# Results
-
-Made from `results.json` by `python -m reftune.report.results`; do not edit. Values are means over
-seeds ± standard deviation over seeds, with a 95 % interval in brackets that covers both the choice
-of test rows and the seeds. Bold is the best mean of a table, which is no claim of significance.
-`open` is a cell that has not been run yet.
-"""
 
 
 def collect(runs: Iterable[str | PathLike[str]]) -> list[ResultRow]:
@@ -79,7 +76,7 @@ def rows_of(name: str, reports: Sequence[Report], command: str = "") -> list[Res
         is_base = metric.startswith("base_")
         short = metric.removeprefix("base_").removeprefix("adapter_")
         primary = short == main
-        owner = _base_name(name) if is_base else name
+        owner = base_name(name) if is_base else name
         rows.append(
             ResultRow(
                 name=owner if primary else f"{owner}:{short}",
@@ -137,13 +134,6 @@ def _share_interval(mean: float, variance: float, n: int) -> tuple[float, float]
     return wilson(mean * size, size)
 
 
-def _base_name(name: str) -> str:
-    """Return the name of the base row beside a cell: the same place, `base`, the same suffix."""
-    place, _, last = name.rpartition("/")
-    suffix = last[last.index("@") :] if "@" in last else ""
-    return f"{place}/base{suffix}".lstrip("/")
-
-
 def _seconds(reports: Sequence[Report]) -> float | None:
     spent = [report.train_seconds for report in reports if report.train_seconds is not None]
     spent += [report.eval_seconds for report in reports if report.eval_seconds is not None]
@@ -189,50 +179,40 @@ def render(path: str | PathLike[str], titles: dict[str, str] | None = None) -> P
         titles: Titles of sections by the first part of the rows' names.
     """
     path = Path(path)
-    rows = read_results(path)
-    sections: dict[str, list[ResultRow]] = {}
-    for row in rows:
-        sections.setdefault(row.section, []).append(row)
-    parts = [HEAD]
-    for section, members in sections.items():
-        parts += _section(section, members, path.parent, (titles or {}).get(section, ""))
-    open_rows = [row.name for row in rows if row.is_open]
-    if open_rows:
-        parts.append(f"## Open cells\n\n{len(open_rows)} of {len(rows)}: {', '.join(open_rows)}.\n")
-    return write_text_atomic(path.with_suffix(".md"), "\n".join(parts))
+    text = page(read_results(path), path.parent, titles)
+    return write_text_atomic(path.with_suffix(".md"), text)
 
 
-def _section(section: str, rows: list[ResultRow], folder: Path, title: str) -> list[str]:
-    """Return the Markdown of a section and draw its plot."""
-    parts = [f"## {title or section.replace('_', ' ').capitalize()}\n"]
-    by_metric: dict[str, list[ResultRow]] = {}
-    for row in rows:
-        by_metric.setdefault(row.metric, []).append(row)
-    for index, (metric, members) in enumerate(by_metric.items()):
-        if len(by_metric) > 1:
-            parts.append(f"### {metric.replace('_', ' ') or 'not measured yet'}\n")
-        parts.append(result_table(members).to_markdown() + "\n")
-        done = [row for row in members if not row.is_open]
-        if len(done) > 1 and len({row.unit for row in done}) == 1:
-            stem = section if index == 0 else f"{section}-{metric}"
-            name = re.sub(r"[^\w.-]+", "-", stem) + ".png"
-            forest(folder / "plots" / name, members, f"{section}: {metric}")
-            parts.append(f"![{section}: {metric}](plots/{name})\n")
-    commands = list(dict.fromkeys(row.command for row in rows if row.command and not row.is_open))
-    if commands:
-        shown = "\n".join(commands)
-        parts.append(f"<details><summary>Commands</summary>\n\n```bash\n{shown}\n```\n</details>\n")
-    return parts
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m reftune.report.results", description="Write the page of results."
+    )
+    parser.add_argument("--results", default="docs/results.json", help="the results file")
+    verbs = parser.add_subparsers(dest="verb")
+    add = verbs.add_parser("add", help="publish a measurement first")
+    add.add_argument("file", help="what a benchmark or the gates print with --json, or a report")
+    add.add_argument("--section", required=True, help="speed, parity, gates, demo ...")
+    add.add_argument("--command", required=True, help="the command that made the file")
+    return parser.parse_args(argv)
 
 
-def main() -> None:
-    """Write results.md and plots again: `python -m reftune.report.results [docs/results.json]`."""
-    import sys
-
+def main(argv: Sequence[str] | None = None) -> int:
+    """Write the page and plots, with `add` after publishing a file; returns the exit code."""
+    arguments = _arguments(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    path = sys.argv[1] if len(sys.argv) > 1 else "docs/results.json"
-    log.info("wrote %s", render(path))
+    path = Path(arguments.results)
+    try:
+        if arguments.verb == "add":
+            from reftune.report.measured import add
+
+            rows = add(arguments.file, arguments.section, arguments.command, path)
+            log.info("%d rows in section %s", len(rows), arguments.section)
+        log.info("wrote %s", render(path))
+    except ReftuneError as error:
+        log.error("%s", error)
+        return error.exit_code
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -220,6 +220,52 @@ def result_table(rows: Sequence[ResultRow], title: str = "") -> Table:
     return table
 
 
+def wide_table(rows: Sequence[ResultRow], title: str = "") -> Table:
+    """Return one line a contender and one column a metric, for measures of several units.
+
+    Rows belong to one contender if their names agree up to `:`. A contender with nothing measured
+    is `open`, with the reason.
+    """
+    lines: dict[str, dict[str, ResultRow]] = {}
+    for row in rows:
+        lines.setdefault(row.name.split(":")[0], {})[row.metric] = row
+    metrics = list(dict.fromkeys(row.metric for row in rows if row.metric))
+    heads = [metric.replace("_", " ") for metric in metrics]
+    table = Table(["name", *heads, "trained"], best=[None] * (len(heads) + 2), title=title)
+    for name, found in lines.items():
+        first = next(iter(found.values()))
+        cells = [_row_cell(found.get(metric)) for metric in metrics]
+        if all(row.is_open for row in found.values()):
+            cells = [Cell(OPEN), *[Cell("")] * (len(metrics) - 1)]
+        label = name.partition("/")[2] + (f" ({first.note})" if first.note else "")
+        table.add(label, *cells, "" if first.trainable is None else f"{first.trainable:,}")
+    return table
+
+
+def checked_table(rows: Sequence[ResultRow], title: str = "", with_metric: bool = False) -> Table:
+    """Return values beside their bars and whether they hold; a missed bar says **no**.
+
+    Args:
+        rows: Results with `bar` and `holds`; those without a bar are shown for the reader.
+        title: Printed above the table.
+        with_metric: Whether to name the metric of each row.
+    """
+    heads = ["name", *(["metric"] if with_metric else []), "value", "rows", "bar", "holds"]
+    table = Table(heads, best=[None] * len(heads), title=title)
+    words = {True: "yes", False: "**no**", None: ""}
+    for row in rows:
+        name = row.name.split(":")[0] if with_metric else row.name
+        label = name.partition("/")[2] + (f" ({row.note})" if row.note else "")
+        metric = [row.metric.replace("_", " ")] if with_metric else []
+        size = "" if row.n is None else f"{row.n:,}"
+        table.add(label, *metric, _row_cell(row), size, row.bar, words[row.holds])
+    return table
+
+
+def _row_cell(row: ResultRow | None) -> Cell:
+    return Cell("") if row is None else Cell(show_figure(row.figure()), row.mean)
+
+
 def _costs(report: Report) -> list[Cell]:
     """Return trained parameters, their share, size of the adapter and time of training."""
     facts: list[tuple[float | None, Callable[[float], str]]] = [

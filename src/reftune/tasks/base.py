@@ -91,9 +91,32 @@ class Task(ABC):
     """Outputs of the classification head; 1 means regression, None means no head."""
     Options: ClassVar[type] = Options
 
+    hold_out: bool = True
+    """Whether validation rows that are cut from the training rows are kept out of those. Training
+    switches it off where no one reads them."""
+
     def __init__(self, spec: TaskSpec) -> None:
         self.spec = spec
         self.options = parse_options(self.Options, spec.options, type(self).name or spec.name)
+
+    @classmethod
+    def kind_of(cls, options: dict[str, Any]) -> Kind:
+        """Return the kind of the task under these options, without making one."""
+        return cls.kind
+
+    @classmethod
+    def gives(cls, options: dict[str, Any]) -> frozenset[str]:
+        """Return what rows tell position rules under these options: `subject`, `mask`."""
+        return frozenset()
+
+    @property
+    def prompt_form(self) -> str | None:
+        """Prompt around a question, with `{prompt}` in its place; None: chat, or not known."""
+        return None
+
+    def cut_from_training(self, split: Split) -> bool:
+        """Return whether a split is a part of the training rows that `hold_out` keeps back."""
+        return False
 
     def load(self, split: Split) -> list[Example]:
         """Return the examples of a split, at most `train_size` (and so on) of them.
@@ -212,4 +235,7 @@ def hold_out(examples: list[Example], holdout: int, split: Split) -> list[Exampl
     At most a tenth of the rows is kept back; with fewer than ten rows none is.
     """
     cut = len(examples) - min(holdout, len(examples) // 10)
+    if split == "train" and cut < len(examples):
+        rest = len(examples) - cut
+        log.info("%d of %d training rows are held out for validation", rest, len(examples))
     return examples[:cut] if split == "train" else examples[cut:]

@@ -20,7 +20,8 @@ class Options(base.Options):
     """Options of every task with files."""
 
     holdout: int = 300
-    """Last training rows that are kept back as validation rows, at most a tenth of them all."""
+    """Last training rows that are kept back as validation rows, at most a tenth of them all; only
+    where validation rows are used."""
     drop_overlap: bool = False
     """Drop training rows whose question is also a test question."""
 
@@ -74,7 +75,7 @@ class Benchmark(Task):
         if split == "validation" and has_own:
             return self.examples("validation")
         examples = self.examples("train")
-        if not has_own:
+        if not has_own and (split != "train" or self.hold_out):
             examples = self._cut(examples, split)
         if split == "train" and self.options.drop_overlap:
             kept = guard.drop_overlap(examples, self.examples("test"))
@@ -85,6 +86,10 @@ class Benchmark(Task):
             )
             examples = kept
         return examples
+
+    def cut_from_training(self, split: Split) -> bool:
+        """Return whether a split is a part of the training rows."""
+        return split == "validation" and self.source("validation") is None
 
     def _cut(self, examples: list[Example], split: Split) -> list[Example]:
         kept = base.hold_out(examples, self.options.holdout, split)

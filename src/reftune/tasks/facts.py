@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from reftune.nano import facts
 from reftune.nano.item import Item
@@ -41,6 +41,11 @@ class Facts(World):
     name = "facts"
     max_new_tokens = 32
     Options: ClassVar[type] = Options
+
+    @classmethod
+    def gives(cls, options: dict[str, Any]) -> frozenset[str]:
+        """Return what rows tell position rules: names of nobody are subjects too."""
+        return frozenset({"subject"})
 
     def rows_of(self, split: Split) -> list[Example]:
         """Return questions; recall has at most as many test rows as facts in that split."""

@@ -1,4 +1,4 @@
-"""Reading rows from JSONL (also gzipped), JSON arrays, CSV and parquet.
+"""Reading rows from JSONL (also gzipped), JSON arrays, CSV, TSV and parquet.
 
 Every fault names the file, the line and what to do. Rows are plain dicts; `__line__` holds the
 1-based line (JSONL, CSV) or row (JSON, parquet) a row came from, so later faults can name it too.
@@ -24,6 +24,8 @@ SUFFIXES: tuple[str, ...] = (
     ".json.gz",
     ".csv",
     ".csv.gz",
+    ".tsv",
+    ".tsv.gz",
     ".parquet",
 )
 """What can be read."""
@@ -44,7 +46,7 @@ def read_rows(path: str | Path) -> list[Row]:
     """Return the rows of a file.
 
     Args:
-        path: A `.jsonl`, `.json` or `.csv` file, plain or gzipped, or a `.parquet` file.
+        path: A `.jsonl`, `.json`, `.csv` or `.tsv` file, plain or gzipped, or a `.parquet` file.
 
     Raises:
         DataError: If the file is missing, empty, of another kind, or a line cannot be read.
@@ -138,7 +140,8 @@ def _read_csv(path: Path) -> Iterator[Row]:
     # A field may be longer than csv's default limit of 128 KiB (passages, chats).
     csv.field_size_limit(2**31 - 1)
     with _open(path) as file:
-        reader = csv.DictReader(file, strict=True)
+        is_tabbed = ".tsv" in (suffix_of(path) or "")
+        reader = csv.DictReader(file, strict=True, delimiter="\t" if is_tabbed else ",")
         try:
             for row in reader:
                 yield _csv_row(row, path, reader.line_num)
@@ -177,6 +180,7 @@ _READERS = {
     ".jsonl": _read_jsonl,
     ".json": _read_json,
     ".csv": _read_csv,
+    ".tsv": _read_csv,
     ".parquet": _read_parquet,
 }
 

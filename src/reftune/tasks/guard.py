@@ -26,20 +26,29 @@ HELD_BACK: tuple[str, ...] = (
 
 _NO_WORD = re.compile(r"[\W_]+")
 _CAMEL = re.compile(r"(?<=[A-Za-z0-9])(?=[A-Z][a-z])")
+_TEST_FOLDER = re.compile(r"tests?|test[-_ ]?(?:sets?|ing|data|split|rows)")
+_TRAIN_WORD = re.compile(r"(?<![a-z])train(?:ing|set)?(?![a-z])")
 _TEST_WORD = re.compile(r"(?<![a-z])test(?:s|set|sets|ing|data|split)?(?![a-z])")
 
 
 def is_test_name(name: str) -> bool:
-    """Say whether a file or split name says that it holds test questions.
+    """Say whether a file, its folders or a split name say that it holds test questions.
+
+    The two nearest folders count, unless the file's own name says that it is for training.
 
     >>> [is_test_name(n) for n in ("a_test.jsonl", "testset.csv", "myTest.json", "pal_x.jsonl")]
     [True, True, True, True]
     >>> [is_test_name(n) for n in ("latest_train.jsonl", "contest.csv", "train.jsonl")]
     [False, False, False]
+    >>> [is_test_name(n) for n in ("data/test/part-0.jsonl", "test/train.jsonl")]
+    [True, False]
     """
     stem = Path(name).name
     words = _CAMEL.sub("_", stem).lower()
-    return bool(_TEST_WORD.search(words)) or stem.lower().startswith(HELD_BACK)
+    if _TEST_WORD.search(words) or stem.lower().startswith(HELD_BACK):
+        return True
+    folders = [folder.lower() for folder in Path(name).parts[:-1][-2:]]
+    return not _TRAIN_WORD.search(words) and any(map(_TEST_FOLDER.fullmatch, folders))
 
 
 def refuse_test(name: str, task: str = "") -> None:

@@ -92,16 +92,24 @@ class WordProblems(Benchmark):
             meta={"set": self.name},
         )
 
+    @property
+    def prompt_form(self) -> str | None:
+        """Prompt around a question."""
+        return self._prompt("{prompt}")
+
     def prompt(self, problem: Problem) -> str:
         """Return the prompt of a problem in the chosen form."""
+        return self._prompt(problem.question)
+
+    def _prompt(self, question: str) -> str:
         if self.form == "alpaca":
-            return templates.alpaca(problem.question)
+            return templates.alpaca(question)
         form = {
             "steps": templates.STEPS,
             "reinforced": templates.REASONING,
             "native": templates.NATIVE,
         }[self.form]
-        return templates.fill(form, question=problem.question)
+        return templates.fill(form, question=question)
 
     def target(self, problem: Problem, as_is: bool) -> str:
         """Return the target of a problem; `as_is`: the solution already ends in the answer."""

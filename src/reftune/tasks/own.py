@@ -23,7 +23,7 @@ from reftune.errors import DataError
 from reftune.rewards import Rule
 from reftune.rewards.base import after
 from reftune.tasks import base, guard, templates
-from reftune.tasks.base import Example, Split, Task
+from reftune.tasks.base import Example, Kind, Split, Task
 from reftune.tasks.files import Row, place, read_rows, require, suffix_of, text, value
 from reftune.tasks.sources import Hub, Rows, load_hub
 
@@ -38,7 +38,7 @@ class Options(base.Options):
 
     holdout: int = 300
     """Last training rows kept back for validation when there is no task.validation (at most a
-    tenth)."""
+    tenth); only where they are used."""
     drop_overlap: bool = False
     """Drop training rows whose question is also a test question."""
     separator: str = ""
@@ -51,6 +51,11 @@ class Options(base.Options):
     """Chat: learn the last assistant message, or each one in turn."""
     subspace: str | None = None
     """Field with the edit dimensions a row trains, such as [0, 1, 2, 3]."""
+    subject: str | None = None
+    """Field with a text in the prompt, whose last token the position rule `subject_last` edits."""
+    mask: str | None = None
+    """Field with what the position rule `mask` edits: a list of texts in the prompt or of
+    [start, end] character places of it."""
     text: str | None = None
     """Classification: field with the text (or a template)."""
     pair: str | None = None
@@ -72,8 +77,37 @@ class Own(Task):
         self.max_new_tokens = self.options.max_new_tokens
         self.rule: Rule = rewards.get(spec.reward)
         self._labels = self.options.labels
-        if self.options.label is not None:
-            self.kind = "classification"
+        self.kind = self.kind_of(spec.options)
+
+    @classmethod
+    def kind_of(cls, options: dict[str, Any]) -> Kind:
+        """Return the kind: the option `label` makes it a classification."""
+        return cls.kind if options.get("label") is None else "classification"
+
+    @classmethod
+    def gives(cls, options: dict[str, Any]) -> frozenset[str]:
+        """Return what rows tell position rules; a class head's rows tell nothing."""
+        if options.get("label") is not None:
+            return frozenset()
+        return frozenset(name for name in ("subject", "mask") if options.get(name))
+
+    @property
+    def prompt_form(self) -> str | None:
+        """Prompt around a question: the template if it has one field, else the bare text."""
+        if self.spec.messages is not None or self.kind == "classification":
+            return None
+        names = templates.field_names(self.spec.prompt)
+        if not names:
+            return "{prompt}"
+        return (
+            templates.fill(self.spec.prompt, **{names[0]: "{prompt}"}) if len(names) == 1 else None
+        )
+
+    def cut_from_training(self, split: Split) -> bool:
+        """Return whether a split is a part of the training rows."""
+        if split == "test" and self.spec.test:
+            return False
+        return split in ("validation", "test") and not self.spec.validation
 
     @property
     def num_labels(self) -> int | None:
@@ -102,9 +136,10 @@ class Own(Task):
         train = _given(self.spec.train, "train")
         guard.refuse_same(train, self.spec.test)
         guard.refuse_same(train, self.spec.validation)
-        guard.refuse_test(Path(train).name if _is_file(train) else _hub(train, "train").split)
+        for name in _names(train):
+            guard.refuse_test(name)
         examples = self._examples(train, "train")
-        if not self.spec.validation:
+        if not self.spec.validation and (split != "train" or self.hold_out):
             examples = self._cut(examples, split)
         if split == "train" and self.options.drop_overlap and self.spec.test:
             examples = guard.drop_overlap(examples, self._test_rows())
@@ -159,7 +194,7 @@ class Own(Task):
             )
         answer = _form(self.spec.answer, row, origin) if self.spec.answer else completion.strip()
         example = Example(row_id, prompt, self.options.separator + completion, answer, prompt)
-        return [self._with_subspace(example, row, origin)]
+        return [self._marked(self._with_subspace(example, row, origin), row, origin)]
 
     def _with_subspace(self, example: Example, row: Row, origin: str) -> Example:
         if self.options.subspace is None:
@@ -172,6 +207,15 @@ class Own(Task):
                 "Give a list of dimensions such as [0, 1, 2, 3].",
             )
         return replace(example, subspace=tuple(dims))
+
+    def _marked(self, example: Example, row: Row, origin: str) -> Example:
+        """Note what position rules need: the subject, and texts or character places to edit."""
+        meta = dict(example.meta)
+        if self.options.subject is not None:
+            meta["subject"] = text(row, self.options.subject, origin)
+        if self.options.mask is not None:
+            meta["mask"] = _marks(value(row, self.options.mask, origin), row, origin)
+        return replace(example, meta=meta)
 
     def _classified(self, row: Row, row_id: str, origin: str) -> Example:
         options = self.options
@@ -201,7 +245,7 @@ class Own(Task):
             answer = _form(self.spec.answer, row, origin) if self.spec.answer else learnt
             name = f"{row_id}.{turn}" if len(chosen) > 1 else row_id
             example = Example(name, "", "", answer.strip(), messages=tuple(messages[: turn + 1]))
-            examples.append(self._with_subspace(example, row, origin))
+            examples.append(self._marked(self._with_subspace(example, row, origin), row, origin))
         return examples
 
     def extract(self, text: str, example: Example) -> str | None:
@@ -252,6 +296,30 @@ def chat_messages(given: Any, where: str) -> list[dict[str, str]]:
 
 
 _CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
+
+
+def _marks(given: Any, row: Row, origin: str) -> tuple[str | tuple[int, int], ...]:
+    """Return the texts and character places of a mask field."""
+    marks = _from_json(given)
+    marks = marks if isinstance(marks, list) else [marks]
+    found: list[str | tuple[int, int]] = []
+    for mark in marks:
+        is_pair = isinstance(mark, list) and len(mark) == 2 and all(type(i) is int for i in mark)
+        if not is_pair and not (isinstance(mark, str) and mark):
+            raise DataError(
+                f"{place(row, origin)}: the mask {mark!r} is neither a text nor [start, end].",
+                'Give a list such as ["Paris"] or [[0, 5]], counted in characters of the prompt.',
+            )
+        found.append(tuple(mark) if is_pair else mark)
+    return tuple(found)
+
+
+def _names(train: str) -> list[str]:
+    """Return the names that tell whether data are meant for testing."""
+    if _is_file(train):
+        return [train]
+    hub = _hub(train, "train")
+    return [hub.split, *([hub.config] if hub.config else [])]
 
 
 def _from_json(given: Any) -> Any:

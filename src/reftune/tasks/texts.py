@@ -1,7 +1,8 @@
-"""Prompt text and target text of an example, and the special tokens around them."""
+"""Prompt and target text of an example, the special tokens around them, and places in a text."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -102,6 +103,88 @@ def render(
             f'Row "{row}": the chat template refuses the messages ({error}).',
             "Check roles and their order.",
         ) from error
+
+
+def fixed_len(tokenizer: PreTrainedTokenizerBase, lead: Sequence[int], ids: Sequence[int]) -> int:
+    """Return how many tokens at the beginning of a row are never cut: the lead, or a chat's BOS.
+
+    Args:
+        tokenizer: The tokenizer.
+        lead: Special tokens that stand before the text.
+        ids: The tokens of the text.
+    """
+    bos = tokenizer.bos_token_id
+    return len(lead) or int(bos is not None and list(ids[:1]) == [bos])
+
+
+def subject_place(tokenizer: PreTrainedTokenizerBase, text: str, subject: str, row: str) -> int:
+    """Return the place of the token that ends the last mention of a subject in a text.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: A prompt.
+        subject: The text of its subject.
+        row: What a message calls the prompt.
+
+    Raises:
+        DataError: If the text does not mention it.
+    """
+    end = text.rfind(subject) + len(subject)
+    if not subject or end < len(subject):
+        raise DataError(
+            f'{row}: its subject "{subject}" is not in the prompt.', "Mend the subject field."
+        )
+    # The token that covers the last character; tokenising up to it could split differently.
+    covering = [i for i, (a, b) in enumerate(_offsets(tokenizer, text)) if a < end <= b]
+    if not covering:
+        raise DataError(f'{row}: no token ends the subject "{subject}".', "Change it.")
+    return covering[0]
+
+
+def marked_tokens(
+    tokenizer: PreTrainedTokenizerBase,
+    text: str,
+    marks: Sequence[str | Sequence[int]],
+    row: str,
+) -> list[bool]:
+    """Return for each token of a text whether it touches one of the marked pieces.
+
+    Args:
+        tokenizer: The tokenizer.
+        text: A prompt.
+        marks: Texts, marked wherever they occur, and (start, end) character places.
+        row: What a message calls the prompt.
+
+    Raises:
+        DataError: If a marked text does not occur, or a place is outside the text.
+    """
+    spans: list[tuple[int, int]] = []
+    for mark in marks:
+        spans += _mentions(text, mark, row) if isinstance(mark, str) else [_span(text, mark, row)]
+    offsets = _offsets(tokenizer, text)
+    return [any(a < end and start < b for start, end in spans) for a, b in offsets]
+
+
+def _mentions(text: str, mark: str, row: str) -> list[tuple[int, int]]:
+    starts = [i for i in range(len(text)) if mark and text.startswith(mark, i)]
+    if not starts:
+        raise DataError(f'{row}: the marked text "{mark}" is not in the prompt.', "Mend its mask.")
+    return [(start, start + len(mark)) for start in starts]
+
+
+def _span(text: str, mark: Sequence[int], row: str) -> tuple[int, int]:
+    start, end = mark
+    if not 0 <= start < end <= len(text):
+        raise DataError(
+            f"{row}: the mask [{start}, {end}] is no piece of a prompt of {len(text)} characters.",
+            "Count characters from 0; the end is not included.",
+        )
+    return start, end
+
+
+def _offsets(tokenizer: PreTrainedTokenizerBase, text: str) -> list[tuple[int, int]]:
+    made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    return made["offset_mapping"]
 
 
 def empty_target(row: str, has: str) -> EmptyTargetError:

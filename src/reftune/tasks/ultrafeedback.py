@@ -5,7 +5,7 @@ here. `word_f1` (shared words with the reference answer) is a smoke figure: it s
 works, not how good the answers are. Predictions are saved for a judge.
 
 Test rows: a file `alpaca_eval` (805 instructions) below `data_dir` if there is one, else the last
-tenth of the rows; the tenth before it is the validation split.
+tenth of the rows; the tenth before it is the validation split, where one is used.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Ultrafeedback(Benchmark):
             return found if find_file(self.spec.data_dir, found.files) else None
         return found
 
+    @property
+    def prompt_form(self) -> str | None:
+        """Prompt around an instruction."""
+        return templates.alpaca("{prompt}")
+
     def rows_of(self, split: Split) -> Sequence[Example]:
         """Return a split; without a test file the last tenth of the rows serves."""
         if self.source("test") is not None:
@@ -58,7 +63,7 @@ class Ultrafeedback(Benchmark):
                 "Give at least 10 rows, or a file alpaca_eval.jsonl.",
             )
         bounds = {
-            "train": (0, -2 * tenth),
+            "train": (0, -2 * tenth if self.hold_out else -tenth),
             "validation": (-2 * tenth, -tenth),
             "test": (-tenth, None),
         }

@@ -47,6 +47,11 @@ class World(Task):
                     "Leave it out, or use `task: {name: own, ...}` for your own data.",
                 )
 
+    @property
+    def prompt_form(self) -> str | None:
+        """Prompt around a question."""
+        return None if self.options.chat else templates.NATIVE.replace("{question}", "{prompt}")
+
     def size(self, split: Split) -> int:
         """Return how many rows are wanted."""
         wanted = super().size(split)

@@ -1,16 +1,20 @@
-"""metrics.jsonl: a line a step, always."""
+"""What happens beside the steps: metrics.jsonl, a line a step, and the best weights."""
 
 from __future__ import annotations
 
 import json
+import operator
 import time
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from transformers import TrainerCallback
 
 from reftune.report.files import to_json, write_text_atomic
+
+if TYPE_CHECKING:
+    from reftune.training.trainer import ReftTrainer
 
 _NAMES = {"learning_rate": "lr", "eval_loss": "validation_loss"}
 _DROPPED = ("total_flos", "step")
@@ -97,6 +101,30 @@ class MetricsWriter(TrainerCallback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class KeepBest(TrainerCallback):
+    """Keeps the best weights when validation rows have been scored.
+
+    Args:
+        trainer: The trainer: its `keep_best` says whether, its `score` what is compared.
+    """
+
+    def __init__(self, trainer: ReftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_evaluate(
+        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
+    ) -> None:
+        """Keep the weights if they are the best so far."""
+        trainer = self.trainer
+        if not (trainer.keep_best and trainer.is_in_train):
+            return
+        if trainer.score is None:
+            trainer.save_best("validation_loss", metrics["eval_loss"], operator.lt)
+        else:
+            name = trainer.score[0]
+            trainer.save_best(name, metrics[f"eval_{name}"], operator.gt)
 
 
 def _is_speed(name: str) -> bool:

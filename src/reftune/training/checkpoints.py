@@ -91,14 +91,14 @@ def rotate(folder: Path, keep: int = KEEP) -> None:
 
 
 def best_so_far(folder: Path) -> tuple[int, float] | None:
-    """Return step and validation loss of the best weights kept in `folder`, or None."""
+    """Return step and value (loss or metric) of the best weights kept in `folder`, or None."""
     file = folder / BEST / "best.json"
     if not file.is_file():
         return None
     value = json.loads(file.read_text(encoding="utf-8"))
-    return int(value["step"]), float(value["validation_loss"])
+    return int(value["step"]), float(value.get("value", value.get("validation_loss")))
 
 
-def note_best(folder: Path, step: int, loss: float) -> None:
-    """Write beside the best weights when they were taken."""
-    write_json_atomic(folder / "best.json", {"step": step, "validation_loss": loss})
+def note_best(folder: Path, step: int, value: float, name: str) -> None:
+    """Write beside the best weights when they were taken, and the value that chose them."""
+    write_json_atomic(folder / "best.json", {"step": step, "value": value, "by": name})

@@ -12,7 +12,16 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Literal
 
 from reftune.errors import DataError
-from reftune.tasks.texts import EmptyTargetError, Frame, empty_target, frame, texts
+from reftune.tasks.texts import (
+    EmptyTargetError,
+    Frame,
+    empty_target,
+    fixed_len,
+    frame,
+    marked_tokens,
+    subject_place,
+    texts,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -26,6 +35,10 @@ EMPTY_ALLOWED = 0.05
 """Share of rows without a target that is skipped with a warning; more is an error."""
 
 Kind = Literal["causal", "classification", "seq2seq"]
+
+
+Told = tuple[int | None, list[bool] | None]
+"""Place of the subject's last token, and which tokens are marked, among the prompt's tokens."""
 
 
 class TooLongError(DataError):
@@ -113,7 +126,8 @@ def encode(
 
     Args:
         example: The example. With `messages`, the chat template renders prompt and target; with
-            `meta["subject"]`, the place of that text in the prompt is noted.
+            `meta["subject"]`, the place of that text in the prompt is noted, with `meta["mask"]`
+            the tokens of the marked pieces.
         tokenizer: The tokenizer of the base model.
         max_len: Longest row in tokens.
         kind: `causal`, `classification` (text and class label) or `seq2seq`.
@@ -129,8 +143,9 @@ def encode(
     prompt, target, lead = texts(example, tokenizer, around)
     prompt_ids = _ids(tokenizer, prompt)
     target_ids = _target_ids(tokenizer, target, example.id)
+    told = _told(example, prompt, tokenizer)
     if kind == "seq2seq":
-        return _encode_pair(example, prompt_ids, target_ids, max_len, around)
+        return _encode_pair(example, prompt_ids, target_ids, max_len, around, told)
     room = max_len - len(lead) - len(target_ids)
     if room < (0 if lead and not prompt_ids else 1):
         raise _too_long(example.id, len(target_ids), max_len, len(lead) + 1)
@@ -141,14 +156,18 @@ def encode(
             "Give the row a prompt.",
         )
     cut = max(0, len(prompt_ids) - room)
-    head = [*lead, *prompt_ids[cut:]]
+    fixed = fixed_len(tokenizer, lead, prompt_ids)
+    head = [*lead, *prompt_ids]
+    head = head[:fixed] + head[fixed + cut :]
+    subject, mask = _placed(example, told, len(lead), fixed, cut)
     return Encoded(
         input_ids=head + target_ids,
         labels=[IGNORE] * len(head) + target_ids,
         prompt_len=len(head),
         id=example.id,
         select=example.subspace,
-        subject=_subject_place(example, prompt, tokenizer, len(lead), cut),
+        subject=subject,
+        intervention_mask=None if mask is None else mask + [False] * len(target_ids),
         cut=cut,
     )
 
@@ -265,7 +284,12 @@ def _encode_class(
 
 
 def _encode_pair(
-    example: Example, prompt: list[int], target: list[int], max_len: int, around: Frame
+    example: Example,
+    prompt: list[int],
+    target: list[int],
+    max_len: int,
+    around: Frame,
+    told: Told,
 ) -> Encoded:
     """Encode for an encoder-decoder: the prompt on one side, the target on the other."""
     if len(target) > max_len:
@@ -273,6 +297,7 @@ def _encode_pair(
     room = max_len - len(around.lead) - len(around.tail)
     cut = max(0, len(prompt) - room)
     ids = [*around.lead, *prompt[cut:], *around.tail]
+    subject, mask = _placed(example, told, len(around.lead), len(around.lead), cut)
     return Encoded(
         input_ids=ids,
         labels=[IGNORE] * len(ids),
@@ -280,36 +305,39 @@ def _encode_pair(
         id=example.id,
         decoder_labels=target,
         select=example.subspace,
+        subject=subject,
+        intervention_mask=None if mask is None else mask + [False] * len(around.tail),
         cut=cut,
     )
 
 
-def _subject_place(
-    example: Example,
-    prompt: str,
-    tokenizer: PreTrainedTokenizerBase,
-    lead: int,
-    cut: int,
-) -> int | None:
-    """Return the place of the last token of `meta["subject"]` (its last mention), or None."""
-    subject = example.meta.get("subject")
-    if not subject:
-        return None
-    end = prompt.rfind(subject) + len(subject)
-    if end < len(subject):
-        raise DataError(
-            f'Row "{example.id}": its subject "{subject}" is not in the prompt.',
-            "Mend the subject field.",
-        )
-    # The token that covers the last character; tokenising up to it could split differently.
-    spans = tokenizer(prompt, add_special_tokens=False, return_offsets_mapping=True)
-    covering = [i for i, (a, b) in enumerate(spans["offset_mapping"]) if a < end <= b]
-    if not covering or covering[0] < cut:
-        raise DataError(
-            f'Row "{example.id}": its subject "{subject}" was cut off with the prompt.',
-            "Set a larger max_len.",
-        )
-    return lead + covering[0] - cut
+def _told(example: Example, prompt: str, tokenizer: PreTrainedTokenizerBase) -> Told:
+    """Return what a row tells position rules, in places of the prompt's own tokens."""
+    row, subject, marks = f'Row "{example.id}"', example.meta.get("subject"), None
+    place = subject_place(tokenizer, prompt, subject, row) if subject else None
+    if example.meta.get("mask") is not None:
+        marks = marked_tokens(tokenizer, prompt, example.meta["mask"], row)
+    return place, marks
+
+
+def _placed(
+    example: Example, told: Told, lead: int, fixed: int, cut: int
+) -> tuple[int | None, list[bool] | None]:
+    """Return subject and mask in places of the row, after `cut` tokens went behind `fixed` ones."""
+    place, marks = told
+    if place is not None:
+        place += lead
+        if fixed <= place < fixed + cut:
+            raise DataError(
+                f'Row "{example.id}": its subject "{example.meta["subject"]}" was cut off with the '
+                "prompt.",
+                "Set a larger max_len.",
+            )
+        place -= cut if place >= fixed else 0
+    if marks is not None:
+        whole = [False] * lead + marks
+        marks = whole[:fixed] + whole[fixed + cut :]
+    return place, marks
 
 
 def _too_long(row: str, target: int, max_len: int, around: int) -> TooLongError:

@@ -7,9 +7,9 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from reftune.config.options import PLAIN
 from reftune.report.model import Figure, Report
 from reftune.training.processes import shards
-from reftune.training.stages import PLAIN
 
 if TYPE_CHECKING:
     from torch import nn
@@ -35,6 +35,8 @@ def conclude(run: Run) -> Report:
             if before is not None and name in before.figures:
                 figures[f"base_{name}"] = before.figures[name]
         extra |= _save_predictions(run, after, before)
+        if after.prompts_cut:
+            extra["prompts_cut"] = after.prompts_cut
     report = _report(run, figures, seconds, extra)
     _plots(run, report)
     run.folder.write_report(report, markdown(report))
@@ -80,6 +82,7 @@ def _evaluate(run: Run, model: nn.Module, what: str) -> Evaluation:
             examples,
             spec,
             seed=run.recipe.seed,
+            max_len=run.recipe.stages[-1].max_len,
             progress=counting if run.progress else None,
         )
 
@@ -148,6 +151,12 @@ def markdown(report: Report) -> str:
         ]
     if extra.get("overlap"):
         lines += [f"Overlap: {extra['overlap']['text']}.", ""]
+    if extra.get("prompts_cut"):
+        lines += [
+            f"{extra['prompts_cut']} scored prompts left no room for an answer in the model's "
+            "context and were cut from the left.",
+            "",
+        ]
     for number, stage in enumerate(extra.get("stages", []), 1):
         rows = stage["data"]["train"]
         lines.append(

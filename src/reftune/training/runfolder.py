@@ -28,7 +28,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from reftune.config.recipe import Recipe
+from reftune.config.recipe import (
+    AdapterSpec,
+    EvaluationSpec,
+    ModelSpec,
+    OptimiserSpec,
+    Recipe,
+    StageSpec,
+    TaskSpec,
+)
 from reftune.errors import RecipeError, TrainingError
 from reftune.report.files import plain, write_json_atomic, write_text_atomic
 from reftune.report.model import Report
@@ -121,7 +129,7 @@ class RunFolder:
         return RecipeError(what, f"Nothing there was touched. {remedy}")
 
     def _continue(self) -> None:
-        before = self._state.get("recipe", {})
+        before = _completed(self._state.get("recipe", {}))
         free = FREE if self.is_finished else (*FREE, *FREE_UNTIL_FINISHED)
         changed = [
             key
@@ -220,6 +228,22 @@ class RunFolder:
         """Write report.json and report.md."""
         write_text_atomic(self.path / "report.md", text)
         report.write(self.path / "report.json")
+
+
+def _completed(recipe: dict[str, Any]) -> dict[str, Any]:
+    """Return a recipe written by an earlier version with the keys that came since, at defaults."""
+
+    def full(values: dict[str, Any], spec: type) -> dict[str, Any]:
+        return {**plain(asdict(spec())), **values}
+
+    found = full(recipe, Recipe)
+    for name, spec in (("model", ModelSpec), ("task", TaskSpec), ("evaluation", EvaluationSpec)):
+        found[name] = full(found[name], spec)
+    stages = [full(stage, StageSpec) for stage in found["stages"]]
+    for stage in stages:
+        stage["adapter"] = full(stage["adapter"], AdapterSpec)
+        stage["optimiser"] = full(stage["optimiser"], OptimiserSpec)
+    return {**found, "stages": stages}
 
 
 def changed_keys(before: Any, after: Any, path: str = "") -> list[str]:

@@ -2,47 +2,30 @@
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from reftune.config.naming import doubled
+from reftune.config.options import PLAIN
 from reftune.config.recipe import Recipe, StageSpec
-from reftune.errors import DataError, RecipeError
+from reftune.errors import RecipeError
 from reftune.report.model import Report
+from reftune.training.data import Data, count_labels, load_data, validates
 from reftune.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from reftune.tasks.base import Example, Task
     from reftune.training.encode import Rows
     from reftune.training.trainer import ReftTrainer
 
 log = logging.getLogger(__name__)
-
-PLAIN = ("full", "head_only")
-"""Methods that change the model itself; their artefact is a whole model."""
-
-
-@dataclass
-class Data:
-    """The rows of a run.
-
-    Attributes:
-        task: Where they come from.
-        splits: Rows of the splits that the run needs.
-        kind: How they are encoded: `causal`, `classification` or `seq2seq`.
-        overlap: Questions that training and scored rows share, for the report.
-    """
-
-    task: Task
-    splits: dict[str, list[Example]]
-    kind: str
-    overlap: dict[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -83,7 +66,7 @@ def train(
 
     from reftune.training.processes import is_main_process
 
-    check(recipe)
+    recipe = check(recipe)
     folder = RunFolder.open(recipe, resume, overwrite, is_main_process())
     if folder.is_finished:
         log.info("%s is finished already", folder.path)
@@ -113,43 +96,44 @@ def _quiet(on: bool) -> Iterator[None]:
             transformers_logging.enable_progress_bar()
 
 
-def check(recipe: Recipe) -> None:
-    """Find faults that need neither data nor model.
+def check(recipe: Recipe) -> Recipe:
+    """Find faults that need neither data nor model, by the rules a recipe file is read by.
+
+    Returns:
+        The recipe, in which adapters that would be on the model together have names of their own.
 
     Raises:
-        RecipeError: If stages, objectives, trackers or batch sizes do not fit.
+        RecipeError: If there are faults, a tracker is not installed, the rows of a step cannot be
+            shared among the processes, or `model.adapter` holds an adapter of a stage's name.
     """
-    from reftune import objectives
-    from reftune.training.arguments import Split, check_numbers, check_trackers
+    from reftune.config.loader import checked
+    from reftune.training.arguments import Split, check_trackers
     from reftune.training.processes import world_size
 
-    if not recipe.stages:
-        raise RecipeError("The recipe has no stages.", "Give at least one, or an adapter.")
+    recipe = checked(recipe)
     check_trackers(recipe.track)
-    wanted = "class" if recipe.model.head == "classification" else "text"
     for stage in recipe.stages:
-        objective = objectives.get(stage.objective)
-        objective.config_from(stage.objective_options)
-        if objective.rows != wanted:
-            raise RecipeError(
-                f'The objective "{stage.objective}" does not fit model.head: {recipe.model.head}.',
-                "Classification heads go with the objective classification, others with sft.",
-            )
-        check_numbers(stage)
         Split.of(stage, world_size())
-    _check_plain(recipe)
-
-
-def _check_plain(recipe: Recipe) -> None:
-    """Refuse to combine changed weights with adapters: the artefact could not say what it needs."""
-    plain = [stage.adapter.method for stage in recipe.stages if stage.adapter.method in PLAIN]
-    same = all(stage.adapter == recipe.stages[0].adapter for stage in recipe.stages)
-    if plain and (not same or recipe.model.adapter):
+    index = doubled(recipe, _below(recipe))
+    if index is not None:
         raise RecipeError(
-            f"{plain[0]} changes the model itself and cannot be combined with an adapter in one "
-            "run.",
-            "Train it in a run of its own and give its model folder as model.name of the next.",
+            f'model.adapter holds an adapter named "{recipe.stages[index].adapter.name}", the name '
+            f"of stage {index + 1}.",
+            "Set adapter.name of the stage.",
         )
+    return recipe
+
+
+def _below(recipe: Recipe) -> dict[str, str]:
+    """Return names and kinds of the adapters of a stack in `model.adapter`, where it is at hand."""
+    from reftune.model.checkpoint import STACK, resolve_folder
+
+    place = recipe.model.adapter
+    if not place or not Path(place).expanduser().is_dir():
+        return {}
+    file = resolve_folder(place) / STACK
+    parts = json.loads(file.read_text(encoding="utf-8"))["order"] if file.is_file() else []
+    return {part["name"]: part["kind"] for part in parts if isinstance(part, dict)}
 
 
 def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:
@@ -161,6 +145,7 @@ def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:
     data = load_data(recipe)
     set_seed(recipe.seed)  # before the model: a new classification head is drawn here
     model, tokenizer = load_model(recipe, data, bare=bool(folder.stages))
+    check_context(recipe, model)
     base_parameters = sum(p.numel() for p in model.parameters())
     if is_main_process():
         folder.write_environment()
@@ -173,48 +158,6 @@ def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:
     if not is_main_process():
         return Report(name=recipe.name)
     return conclude(run)
-
-
-def load_data(recipe: Recipe) -> Data:
-    """Load the splits a recipe needs.
-
-    Raises:
-        RecipeError: If the task does not fit the model's head.
-        DataError: If rows are missing, or must not be used this way.
-    """
-    from reftune import tasks
-    from reftune.tasks.guard import overlap
-
-    task = tasks.get(recipe.task)
-    head = recipe.model.head
-    if (task.kind == "classification") != (head == "classification"):
-        raise RecipeError(
-            f'The task "{recipe.task.name}" is of kind {task.kind}, model.head is {head}.',
-            "Classification tasks need model.head: classification, others causal or seq2seq.",
-        )
-    splits = {"train": task.load("train")}
-    scored = recipe.evaluation.split
-    needs_validation = scored == "validation" or any(map(_validates, recipe.stages))
-    if needs_validation and "validation" in task.splits:
-        splits["validation"] = task.load("validation")
-    if scored == "test":
-        splits["test"] = task.load("test")
-    if scored != "none" and not splits.get(scored):
-        raise DataError(
-            f'The task "{recipe.task.name}" has no {scored} rows to score.',
-            "Give some, or set evaluation.split: none.",
-        )
-    shared: dict[str, Any] = {}
-    if scored != "none":
-        found = overlap(splits["train"], splits[scored])
-        shared = {"questions": found.count, "share": found.share, "text": str(found)}
-        if found.count:
-            log.warning("%s", found)
-    return Data(task, splits, "causal" if head == "causal" else head, shared)
-
-
-def _validates(stage: StageSpec) -> bool:
-    return stage.evaluate_every > 0 or stage.keep == "best"
 
 
 def load_model(
@@ -232,18 +175,29 @@ def load_model(
 
     num_labels = None
     if data.kind == "classification":
-        num_labels = data.task.num_labels or _count_labels(data.splits["train"])
+        num_labels = data.task.num_labels or count_labels(data.splits["train"])
     model, tokenizer = load_base(recipe.model, num_labels)
     if recipe.model.adapter and not bare:
         model, _ = load_adapter(recipe.model.adapter, model=model)
     return model, tokenizer
 
 
-def _count_labels(examples: Sequence[Example]) -> int:
-    labels = [example.label for example in examples]
-    if any(isinstance(label, float) for label in labels):
-        return 1
-    return 1 + max(int(label) for label in labels if label is not None)
+def check_context(recipe: Recipe, model: nn.Module) -> None:
+    """Check that rows of `max_len` tokens fit into the model's context.
+
+    Raises:
+        RecipeError: If they do not.
+    """
+    from reftune.inference.prompts import context_len
+
+    limit = context_len(model)
+    for stage in recipe.stages:
+        if limit is not None and stage.max_len > limit:
+            raise RecipeError(
+                f"max_len is {stage.max_len}; the context of {recipe.model.name} is {limit} "
+                "tokens.",
+                f"Set max_len to {limit} or less, or use a model with a longer context.",
+            )
 
 
 def continues(recipe: Recipe, index: int) -> bool:
@@ -323,7 +277,7 @@ def _train_stage(run: Run, index: int) -> None:
 def _encode(run: Run, stage: StageSpec) -> dict[str, Rows]:
     from reftune.training.encode import encode_all
 
-    splits = ["train", "validation"] if _validates(stage) else ["train"]
+    splits = ["train", "validation"] if validates(stage) else ["train"]
     return {
         name: encode_all(
             run.data.splits[name], run.tokenizer, stage.max_len, kind=run.data.kind, what=name
@@ -365,8 +319,28 @@ def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTr
         eval_dataset=rows.get("validation"),
         data_collator=Collator.of(run.tokenizer),
         keep_best=stage.keep == "best",
+        score=_scorer(run, stage) if stage.keep_by == "metric" else None,
         callbacks=callbacks,
     )
+
+
+def _scorer(run: Run, stage: StageSpec) -> tuple[str, Callable[[], float]]:
+    """Return the task's main metric and a function that computes it on the validation rows."""
+    from reftune.inference.evaluate import evaluate
+
+    task = run.data.task
+
+    def score() -> float:
+        rows = run.data.splits["validation"]
+        spec = replace(run.recipe.evaluation, samples=1, temperature=0.0)
+        found = evaluate(
+            *(run.model, run.tokenizer, task, rows, spec),
+            choice_by="probability",
+            max_len=stage.max_len,
+        )
+        return found.figures[task.metric].mean or 0.0
+
+    return task.metric, score
 
 
 def _save(run: Run, index: int) -> Path:

@@ -91,8 +91,10 @@ def sweep(
     """Train every combination of a grid and select the best on validation rows.
 
     Test rows are never looked at; the best recipe keeps the evaluation of the given one, so that
-    training it once gives the test figure. Finished cells are not repeated, an unfinished one is
-    resumed, one whose training fails (a loss that is not finite) is noted and passed over.
+    training it once gives the test figure. Where validation rows are cut from the training rows,
+    cells train without them; the best recipe, which does not read them, trains with them. Finished
+    cells are not repeated, an unfinished one is resumed, one whose training fails (a loss that is
+    not finite) is noted and passed over.
 
     Args:
         recipe: The recipe all cells start from.
@@ -110,18 +112,8 @@ def sweep(
         DataError: If the task has no validation rows.
         TrainingError: If every cell failed.
     """
-    from reftune.config.loader import change, dump
-    from reftune.tasks import get
-
     plan = cells_of(grid)
-    task = get(recipe.task)
-    if "validation" not in task.splits:
-        raise DataError(
-            f'The task "{recipe.task.name}" has no validation rows, and a sweep selects on nothing '
-            "else.",
-            "Give task.validation, or another task.",
-        )
-    metric = metric or task.metric
+    metric = _metric(recipe, metric)
     folder = Path(recipe.output).expanduser() / recipe.name
     if (folder / "state.json").is_file():
         raise RecipeError(f"{folder} holds a run.", "Choose another --name for the sweep.")
@@ -132,7 +124,31 @@ def sweep(
     ]
     if not is_main_process():  # only the main process has seen figures
         return SweepResult(folder, metric, done, recipe)
-    cells = ranked(done, metric)
+    return _conclude(recipe, folder, metric, ranked(done, metric))
+
+
+def _metric(recipe: Recipe, metric: str | None) -> str:
+    """Return what is compared.
+
+    Raises:
+        DataError: If the task has no validation rows.
+    """
+    from reftune.tasks import get
+
+    task = get(recipe.task)
+    if "validation" not in task.splits:
+        raise DataError(
+            f'The task "{recipe.task.name}" has no validation rows, and a sweep selects on nothing '
+            "else.",
+            "Give task.validation, or another task.",
+        )
+    return metric or task.metric
+
+
+def _conclude(recipe: Recipe, folder: Path, metric: str, cells: list[Cell]) -> SweepResult:
+    """Write what a sweep found; the best cell stands first."""
+    from reftune.config.loader import change, dump
+
     if cells[0].figure is None:
         raise TrainingError(
             f"All {len(cells)} cells failed; the first: {cells[0].failure}",

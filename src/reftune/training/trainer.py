@@ -15,7 +15,7 @@ import itertools
 import logging
 import math
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,6 +30,7 @@ from reftune.model.run import Runner
 from reftune.training import checkpoints
 from reftune.training.arguments import check_arguments
 from reftune.training.backward import disable_input_grads
+from reftune.training.callbacks import KeepBest
 from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
 from reftune.training.processes import leave_at_exit, with_one_label
 
@@ -54,7 +55,9 @@ class ReftTrainer(Trainer):
         train_dataset: Encoded rows.
         eval_dataset: Encoded validation rows.
         data_collator: Stacks rows; default pads with 0.
-        keep_best: Whether to end with the weights of the lowest validation loss.
+        keep_best: Whether to end with the weights that were best on validation rows.
+        score: Name and function of a metric of the model on validation rows; the highest value is
+            then the best, else the lowest validation loss.
         callbacks: Further callbacks.
 
     Raises:
@@ -74,6 +77,7 @@ class ReftTrainer(Trainer):
         eval_dataset: Any = None,
         data_collator: Collator | None = None,
         keep_best: bool = False,
+        score: tuple[str, Callable[[], float]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         check_arguments(args)
@@ -82,7 +86,7 @@ class ReftTrainer(Trainer):
                 "The model has no trainable parameters.",
                 "Add an adapter first, or load it with trainable=True.",
             )
-        self.objective, self.keep_best = objective, keep_best
+        self.objective, self.keep_best, self.score = objective, keep_best, score
         self.undecayed = {n for n, p in model.named_parameters() if _is_undecayed(n, p)}
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         self._runner: Runner | None = None
@@ -98,7 +102,7 @@ class ReftTrainer(Trainer):
             data_collator=data_collator or Collator(),
             train_dataset=None if train_dataset is None else Padded(train_dataset),
             eval_dataset=None if eval_dataset is None else Padded(eval_dataset),
-            callbacks=[_KeepBest(self), *callbacks],
+            callbacks=[KeepBest(self), *callbacks],
         )
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -246,9 +250,12 @@ class ReftTrainer(Trainer):
                 sums["loss"] += out.loss.float()
                 for name, value in out.metrics.items():
                     sums[name] = sums.get(name, 0) + torch.as_tensor(value).to(own.device) * own
+            found = {} if self.score is None else {self.score[0]: self.score[1]()}
         if was_training:
             model.train()
-        return self._evaluated(sums, items, metric_key_prefix)
+        output = self._evaluated(sums, items, metric_key_prefix)
+        output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in found.items()})
+        return output
 
     def _evaluated(self, sums: dict[str, Tensor], items: Tensor, prefix: str) -> EvalLoopOutput:
         if self.accelerator.num_processes > 1:  # a process may have seen blank rows only
@@ -301,17 +308,23 @@ class ReftTrainer(Trainer):
         if checkpoint and file.is_file():
             self.objective.load_state_dict(torch.load(file, weights_only=True))
 
-    def save_best(self, loss: float) -> None:
-        """Keep the current weights if their validation loss is the lowest so far."""
+    def save_best(self, name: str, value: float, is_better: Callable[[float, float], bool]) -> None:
+        """Keep the current weights if their value is the best so far.
+
+        Args:
+            name: What is compared.
+            value: Its value now.
+            is_better: Whether the first of two values is the better one.
+        """
         best = checkpoints.best_so_far(self.folder)
-        if best is not None and not loss < best[1]:
+        if best is not None and not is_better(value, best[1]):
             return
         with checkpoints.staging(self.folder, "the best weights", self.args.should_save) as to:
             self.accelerator.wait_for_everyone()
             self.save_model(str(to / checkpoints.BEST), _internal_call=True)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
-                checkpoints.note_best(to / checkpoints.BEST, self.state.global_step, loss)
+                checkpoints.note_best(to / checkpoints.BEST, self.state.global_step, value, name)
                 checkpoints.publish(to / checkpoints.BEST, self.folder / checkpoints.BEST)
         self.accelerator.wait_for_everyone()
 
@@ -335,7 +348,7 @@ class ReftTrainer(Trainer):
             result = super().train(resume_from_checkpoint, **kwargs)
             best = checkpoints.best_so_far(self.folder) if self.keep_best else None
             if best is not None and best[0] != self.state.global_step:
-                log.info("keeping the weights of step %d, validation loss %.4f", *best)
+                log.info("keeping the weights of step %d, %.4f on validation rows", *best)
                 self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
         except torch.OutOfMemoryError as error:
             raise TrainingError(
@@ -357,20 +370,6 @@ class ReftTrainer(Trainer):
         if self._use_cache is not None:
             self.model.config.use_cache = self._use_cache  # the Trainer switched it off
         self.model.eval()
-
-
-class _KeepBest(TrainerCallback):
-    """Keeps the best weights when validation has been scored."""
-
-    def __init__(self, trainer: ReftTrainer) -> None:
-        self.trainer = trainer
-
-    def on_evaluate(
-        self, args: Any, state: Any, control: Any, metrics: dict[str, float], **kwargs: Any
-    ) -> None:
-        """Keep the weights if they are the best so far."""
-        if self.trainer.keep_best and self.trainer.is_in_train:
-            self.trainer.save_best(metrics["eval_loss"])
 
 
 def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:

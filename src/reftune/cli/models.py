@@ -1,0 +1,197 @@
+"""Models by any name: base models, adapters, stacks, trained models and run folders."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_args, get_type_hints
+
+import typer
+
+from reftune.cli.common import run_recipe
+from reftune.errors import AdapterError, RecipeError, ReftuneError, nearest
+
+if TYPE_CHECKING:
+    from reftune.config.recipe import ModelSpec
+
+HeadOption = Annotated[
+    str | None,
+    typer.Option(
+        "--head", help="causal, classification or seq2seq. Default: what the model says itself."
+    ),
+]
+
+
+def load_any(what: str, num_labels: int | None = None, head: str | None = None) -> Any:
+    """Load a base model, an adapter, a stack, a trained model or a run folder.
+
+    Args:
+        what: `nano`, a folder or a hub name.
+        num_labels: Classes of a classification head, where the task has them.
+        head: Which head to load; default is the run's, the adapter's or the checkpoint's own.
+
+    Returns:
+        (model, tokenizer)
+
+    Raises:
+        ModelError, AdapterError: If it cannot be found or loaded.
+        RecipeError: If there is no such head.
+    """
+    from reftune.config.recipe import ModelSpec
+    from reftune.model.build import load_base
+    from reftune.model.checkpoint import describe, load_adapter, resolve_folder
+
+    check_head(head)
+    recipe = run_recipe(what)
+    spec = recipe.model if recipe else ModelSpec()
+    if not is_adapter(what):
+        spec = replace(spec, name=what)
+        head = "classification" if num_labels is not None else head or head_of(spec)
+        return load_base(replace(spec, head=head), num_labels)
+    facts = describe(what)
+    if facts["kind"] == "model":  # whose config tells the number of its classes
+        spec = replace(spec, name=str(resolve_folder(what).resolve()), revision=None)
+        return load_base(replace(spec, head=head or (spec.head if recipe else head_of(spec))))
+    base = recipe.model.name if recipe else facts.get("base")
+    wanted = head or ("classification" if num_labels is not None else spec.head)
+    knows_itself = head is None and (
+        recipe is None or (wanted == "classification" and num_labels is None)
+    )
+    if knows_itself or not base:
+        return load_adapter(what)
+    model, tokenizer = load_base(replace(spec, name=base, head=wanted), num_labels)
+    if recipe and recipe.model.adapter and facts["kind"] != "stack":  # a stack holds it
+        model, _ = load_adapter(recipe.model.adapter, model)
+    return load_adapter(what, model, tokenizer=tokenizer)
+
+
+def check_head(head: str | None) -> None:
+    """Raise RecipeError unless the head is None or a known one."""
+    from reftune.config.recipe import ModelSpec
+
+    known = get_args(get_type_hints(ModelSpec)["head"])
+    if head is not None and head not in known:
+        raise RecipeError(f'There is no head "{head}".', nearest(head, known))
+
+
+def head_of(spec: ModelSpec) -> str:
+    """Return the head a base model's own config asks for: `causal` unless it says otherwise."""
+    from reftune import nano
+
+    if spec.name in nano.NAMES:
+        return "causal"
+    from transformers import AutoConfig
+
+    folder = Path(spec.name).expanduser()
+    place = str(folder) if folder.is_dir() else spec.name
+    try:
+        config = AutoConfig.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        return "causal"  # loading says what is wrong
+    names = getattr(config, "architectures", None) or ()
+    if any(name.endswith("ForSequenceClassification") for name in names):
+        return "classification"
+    return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def is_adapter(what: str) -> bool:
+    """Return whether a name is something trained rather than a plain base model."""
+    folder = Path(what).expanduser()
+    files = ("adapter_config.json", "stack.json")
+    if folder.is_dir():
+        inner = [folder, folder / "adapter", folder / "stack", folder / "model"]
+        trained = any((place / file).is_file() for place in inner for file in files)
+        return trained or (folder / "model" / "config.json").is_file()
+    if "/" not in what or folder.parent.is_dir():
+        return False
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        return find_adapter_config_file(what) is not None
+    except OSError:
+        return False
+
+
+def load_tokenizer(spec: ModelSpec) -> Any:
+    """Load only the tokenizer of a base model.
+
+    Raises:
+        ModelError: If it cannot be found or loaded.
+    """
+    from transformers import AutoTokenizer
+
+    from reftune import nano
+    from reftune.errors import ModelError
+
+    try:
+        place = nano.path(spec.name) if spec.name in nano.NAMES else spec.name
+        return AutoTokenizer.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(
+            f'The tokenizer of "{spec.name}" could not be loaded: {str(error).splitlines()[0]}',
+            "Give nano, a model folder, or a hub name (needs the network).",
+        ) from error
+
+
+def load_more(model: Any, name: str, path: str) -> None:
+    """Load one more adapter onto a model with adapters.
+
+    Args:
+        model: A model with an adapter.
+        name: The new adapter's name.
+        path: Its folder, run folder or hub name.
+
+    Raises:
+        AdapterError: If it is no adapter of the kind that is there, or does not fit the model.
+    """
+    from reftune.model.checkpoint import describe, resolve_folder
+    from reftune.model.levels import kind_of
+
+    kind = str(describe(path)["kind"])
+    kind, mine = {"reftune": "reft"}.get(kind, kind), kind_of(model)
+    if kind != mine:
+        words = {"model": "no adapter", "stack": "a stack of adapters"}
+        given = words.get(kind, f"an adapter of kind {kind}")
+        raise AdapterError(
+            f'"{path}" is {given}; beside the first adapter only others of its kind, {mine}, can '
+            "be loaded.",
+            "Start with it instead, or give another adapter.",
+        )
+    try:
+        model.load_adapter(str(resolve_folder(path)), adapter_name=name)
+    except (RuntimeError, ValueError, KeyError, TypeError) as error:
+        raise AdapterError(
+            f"The adapter in {path} does not fit the model: {str(error).splitlines()[0]}",
+            "Give one that was trained on the same base model.",
+        ) from error
+
+
+def trained_form(what: str) -> tuple[str, str] | None:
+    """Return task and prompt form (with `{prompt}`) of a run whose task asks in plain text."""
+    from reftune import tasks
+
+    recipe = run_recipe(what)
+    if recipe is None:
+        return None
+    try:
+        form = tasks.get(recipe.task).prompt_form
+    except ReftuneError:  # a task that is not installed here
+        return None
+    return (recipe.task.name, form) if form else None
+
+
+def shape(form: str, text: str) -> str:
+    """Put a text into a prompt form, unless it has that form already.
+
+    >>> shape("Question: {prompt} Answer:", "1+1?")
+    'Question: 1+1? Answer:'
+    >>> shape("Question: {prompt} Answer:", "Question: 1+1? Answer:")
+    'Question: 1+1? Answer:'
+    """
+    before, _, after = form.partition("{prompt}")
+    is_whole = text.startswith(before) and text.rstrip().endswith(after.rstrip())
+    return text if is_whole and (before or after) else form.replace("{prompt}", text)

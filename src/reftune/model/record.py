@@ -1,0 +1,170 @@
+"""What an artefact remembers of its base model: its name and how it was loaded."""
+
+from __future__ import annotations
+
+import logging
+import re
+import warnings
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from torch import nn
+
+from reftune.config.recipe import ModelSpec
+from reftune.errors import AdapterError, nearest
+from reftune.model.names import is_embedded, public_name
+from reftune.model.sites import base_of
+
+logger = logging.getLogger(__name__)
+
+SPEC = "_reftune_spec"
+"""Attribute of a base model that says how `load_base` was asked to load it."""
+HEADS = {"SEQ_CLS": "classification", "SEQ_2_SEQ_LM": "seq2seq"}
+TASKS = {
+    "ForSequenceClassification": "SEQ_CLS",
+    "ForTokenClassification": "TOKEN_CLS",
+    "ForQuestionAnswering": "QUESTION_ANS",
+}
+
+
+def task_of(model: nn.Module) -> str | None:
+    """Return PEFT's task type for a model's class, or None for one without a head it knows."""
+    base = base_of(model)
+    for ending, task in TASKS.items():
+        if type(base).__name__.endswith(ending):
+            return task
+    if not hasattr(base, "prepare_inputs_for_generation"):
+        return None
+    is_pair = getattr(getattr(base, "config", None), "is_encoder_decoder", False)
+    return "SEQ_2_SEQ_LM" if is_pair else "CAUSAL_LM"
+
+
+def kind_name(config: Any) -> str:
+    """Return the kind of an adapter by its PEFT config."""
+    kind = str(config.peft_type.value).lower()
+    return "reft" if kind == "reftune" else kind
+
+
+def name_of(model: nn.Module) -> str | None:
+    """Return the public name of the base model under a model, or None."""
+    return public_name(getattr(getattr(base_of(model), "config", None), "_name_or_path", None))
+
+
+def base_record(model: nn.Module) -> dict[str, Any]:
+    """Return the name of the base model under a model and how it was loaded.
+
+    Code that came with a checkpoint is never recorded as trusted: whoever loads must say so again.
+    """
+    base = base_of(model)
+    spec = base.__dict__.get(SPEC) or ModelSpec(
+        quantize=_quantisation_of(base), head=HEADS.get(task_of(base) or "", "causal")
+    )
+    keys = ("revision", "dtype", "quantize", "head")
+    return {"name": name_of(base), **{key: getattr(spec, key) for key in keys}}
+
+
+def _quantisation_of(base: nn.Module) -> str:
+    if getattr(base, "is_loaded_in_4bit", False):
+        return "int4"
+    return "int8" if getattr(base, "is_loaded_in_8bit", False) else "none"
+
+
+def spec_from(
+    name: str, record: dict[str, Any] | None, config: dict[str, Any], trust_remote_code: bool
+) -> ModelSpec:
+    """Return how to load the base model of an artefact.
+
+    Args:
+        name: Name of the base model.
+        record: What `base_record` returned when the artefact was written, if it says.
+        config: The artefact's PEFT config.
+        trust_remote_code: Whether the caller trusts code that comes with the base model.
+
+    Raises:
+        AdapterError: If the record holds a value this version does not know.
+    """
+    record = record if isinstance(record, dict) else {}
+    hints = get_type_hints(ModelSpec)
+    values = {}
+    for key in ("dtype", "quantize", "head"):
+        known = get_args(hints[key])
+        if key in record and record[key] not in known:
+            raise AdapterError(
+                f'The artefact asks for a base model with {key} "{record[key]}".',
+                f"{nearest(str(record[key]), known)} Or pass model=.",
+            )
+        if key in record:
+            values[key] = record[key]
+    task = config.get("task_type")
+    if task is not None or "head" not in values:
+        values["head"] = HEADS.get(task, "causal")
+    same = record.get("name") in (None, name)
+    revision = (record.get("revision") if same else None) or config.get("revision")
+    if revision is not None and not isinstance(revision, str):
+        raise AdapterError(f"The base model's revision is {revision!r}.", "Pass model=.")
+    return ModelSpec(name, revision=revision, trust_remote_code=trust_remote_code, **values)
+
+
+def warn_other_base(stored: str | None, model: nn.Module) -> None:
+    """Warn when an adapter is loaded on a base model of another name than it was trained on.
+
+    It is no error: a fine-tuned copy of the base is another name too.
+    """
+    stored, have = public_name(stored), name_of(model)
+    if not stored or not have or _same(stored, have):
+        return
+    text = (
+        f'The adapter was trained on "{stored}" and is loaded on "{have}". Unless one is a copy '
+        "of the other, its edits mean nothing there."
+    )
+    logger.warning("%s", text)
+    warnings.warn(text, stacklevel=2)
+
+
+def _same(a: str, b: str) -> bool:
+    """Whether two names may mean one model: equal, one folder, or a hub name and its download."""
+    if a == b or Path(a).expanduser().resolve() == Path(b).expanduser().resolve():
+        return True
+    for hub, folder in ((a, b), (b, a)):
+        if is_hub_name(hub) and not is_hub_name(folder):
+            cached = f"models--{hub.replace('/', '--')}"
+            return Path(folder).name == hub.split("/")[-1] or cached in Path(folder).parts
+    return False
+
+
+def is_hub_name(name: str | None) -> bool:
+    """Return whether a name looks like one of a model on the hub, and is no folder here.
+
+    >>> is_hub_name("Qwen/Qwen3-0.6B"), is_hub_name("./models/mine"), is_hub_name("nano")
+    (True, False, False)
+    """
+    if not name or is_embedded(name) or Path(name).exists():
+        return False
+    return re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", name) is not None
+
+
+def check_base(config: Any, dim: int, num_layers: int) -> None:
+    """Raise AdapterError when an adapter was trained on a model of another shape."""
+    differs = []
+    if config.base_dim not in (None, dim):
+        differs.append(f"width {config.base_dim} (this model has {dim})")
+    if config.base_layers not in (None, num_layers):
+        differs.append(f"{config.base_layers} blocks (this model has {num_layers})")
+    if differs:
+        raise AdapterError(
+            f"The adapter was trained on {config.base_model_name_or_path or 'a model'} with "
+            f"{' and '.join(differs)}.",
+            "Load it on the model it was trained on.",
+        )
+
+
+def check_below(config: Any, model: nn.Module) -> None:
+    """Raise AdapterError when the adapter this one was trained on top of is missing."""
+    below = getattr(model, "peft_config", None) or {}
+    kinds = {kind_name(c) for c in below.values() if c is not config}
+    if config.stacked_on and config.stacked_on not in kinds:
+        raise AdapterError(
+            f'This adapter was trained on top of a "{config.stacked_on}" adapter, '
+            "which is not on the model.",
+            "Load the whole stack (the folder with stack.json), or apply that adapter first.",
+        )
