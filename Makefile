@@ -10,6 +10,7 @@ TORCH ?= torch
 PYTHON ?= python3
 VENV ?= .venv
 THREADS ?= 1
+JOBS ?= 2
 # Where figures come from: arguments of the speed benchmark, and an interpreter that has pyreft.
 SPEED ?= --d 512 1024
 PYREFT ?= pyreft-env/bin/python
@@ -58,11 +59,11 @@ demo: install
 
 ## test               all tests
 test: install
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n $(JOBS) --dist loadfile
 
 ## quick              the daily selection of tests (under 90 seconds)
 quick: install
-	$(RUN) -m pytest -m quick
+	$(RUN) -m pytest -m quick -n $(JOBS) --dist loadfile
 
 ## lint               style checks
 lint: install
