@@ -24,6 +24,12 @@ def sums(first, last):
     return [Example(str(i), f"{i}+{i}=", f" {2 * i}", str(2 * i)) for i in range(first, last)]
 
 
+@pytest.fixture
+def sums_of():
+    """Return the function that makes rows of sums."""
+    return sums
+
+
 @pytest.fixture(scope="session")
 def tokenizer():
     return tiny_tokenizer()

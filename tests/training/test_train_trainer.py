@@ -338,12 +338,10 @@ def test_adapter_with_another_name_resumes(rows, trainer_for, trained, tmp_path)
     assert equal(trained(straight), trained(resumed))
 
 
-def test_subspaces_reach_the_edit(adapted, tokenizer, trainer_for, trained):
-    from conftest import sums
-
+def test_subspaces_reach_the_edit(adapted, tokenizer, trainer_for, trained, sums_of):
     from reftune.training.encode import encode_all
 
-    split = encode_all(sums(0, 8), tokenizer, 64)
+    split = encode_all(sums_of(0, 8), tokenizer, 64)
     for row in split.rows:
         row.select = (0,)
     model = adapted()
@@ -375,8 +373,7 @@ def test_token_count_and_metrics_are_logged(adapted, rows, trainer_for):
     assert all(0 <= line["token_accuracy"] <= 1 for line in lines)
 
 
-def test_an_encoder_decoder_learns(trainer_for, tokenizer):
-    from conftest import sums
+def test_an_encoder_decoder_learns(trainer_for, tokenizer, sums_of):
     from transformers import T5Config, T5ForConditionalGeneration
 
     from reftune.config.recipe import AdapterSpec
@@ -391,7 +388,7 @@ def test_an_encoder_decoder_learns(trainer_for, tokenizer):
     model = apply_adapter(
         T5ForConditionalGeneration(config), AdapterSpec(options={"rank": 2}, positions="f2+l2"), 0
     )
-    split = encode_all(sums(0, 16), tokenizer, 32, kind="seq2seq")
+    split = encode_all(sums_of(0, 16), tokenizer, 32, kind="seq2seq")
     trainer = trainer_for(model, split, lr=0.05, epochs=8)
     trainer.train()
     curve = losses(trainer)

@@ -55,8 +55,7 @@ def generate(
         reftune generate runs/demo --base --file prompts.txt
         echo "Once upon a time" | reftune generate nano - --temperature 0.8 --samples 3
 
-    A run whose task asks in plain text is asked in that form; a prompt that has it already stays
-    as it is, and so does every prompt with `--template "{prompt}"`.
+    A run whose task asks in plain text is asked in that form, unless a prompt has it already.
     """
     asked = _shaped(model, read_prompts(prompts or [], file), template, chat)
     if samples > 1 and temperature == 0:
@@ -72,10 +71,8 @@ def generate(
         "options": {**beams, "no_repeat_ngram_size": no_repeat_ngram_size},
     }
     rows = _answers(model, asked, settings, base, head)
-    if json_:
-        print_json({"model": model, "settings": settings, "outputs": rows})
-    else:
-        _show(rows)
+    whole = {"model": model, "settings": settings, "outputs": rows}
+    print_json(whole) if json_ else _show(rows)
 
 
 def _answers(

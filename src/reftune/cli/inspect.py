@@ -63,8 +63,10 @@ def inspect(
     changes = [*(set_ or []), *([f"task.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
     recipe = _recipe(data, model, positions, changes)
     from reftune import tasks
+    from reftune.training.data import holds_out
 
     task = tasks.get(recipe.task)
+    task.hold_out = holds_out(recipe, task)
     examples = task.load(split)
     tokenizer = load_tokenizer(recipe.model)
     stages = [_look(stage, examples, tokenizer, task, recipe, rows) for stage in recipe.stages]

@@ -118,8 +118,7 @@ def evaluate(
         progress: Called with (answers done, answers in all).
 
     Raises:
-        DataError: If there are no examples, or two share an id.
-        ReftuneError: As `generate` and `choose`.
+        ReftuneError: If there are no examples, two share an id, or as `generate` and `choose`.
     """
     from reftune.config.recipe import EvaluationSpec
 

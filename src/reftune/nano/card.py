@@ -79,7 +79,10 @@ def digests(n: int = 1000) -> dict[str, str]:
 
 
 def card(name: str, folder: Path) -> str:
-    """Return the card as Markdown, from `training.json` and `gates.json` beside the weights."""
+    """Return the card as Markdown, from the files beside the weights.
+
+    `training.json` and `gates.json` are written by the commands, `notes.md` by hand.
+    """
     record = json.loads((folder / "training.json").read_text())
     settings, tokens = record["settings"], record["tokens"]
     kinds = {"nano": "Llama", "nano-gpt2": "GPT-2", "nano-encoder": "RoBERTa (masked)"}
@@ -101,6 +104,9 @@ def card(name: str, folder: Path) -> str:
         text += "\n".join(gate_line(row) for row in measured["gates"]) + "\n"
         text += "\n## Evaluation sets\n\nFirst 1,000 items of each, sha256, first 16 digits.\n\n"
         text += "\n".join(f"- {key}: `{value}`" for key, value in digests().items()) + "\n"
+    notes = folder / "notes.md"
+    if notes.is_file():
+        text += "\n## What falls short, and what was tried\n\n" + notes.read_text().strip() + "\n"
     total = sum(record["tokens_per_world"].values())
     text += "\n## Training text\n\n"
     text += "\n".join(

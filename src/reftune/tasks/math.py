@@ -104,12 +104,8 @@ class WordProblems(Benchmark):
     def _prompt(self, question: str) -> str:
         if self.form == "alpaca":
             return templates.alpaca(question)
-        form = {
-            "steps": templates.STEPS,
-            "reinforced": templates.REASONING,
-            "native": templates.NATIVE,
-        }[self.form]
-        return templates.fill(form, question=question)
+        others = {"reinforced": templates.REASONING, "native": templates.NATIVE}
+        return templates.fill(others.get(self.form, templates.STEPS), question=question)
 
     def target(self, problem: Problem, as_is: bool) -> str:
         """Return the target of a problem; `as_is`: the solution already ends in the answer."""
