@@ -31,8 +31,8 @@ def demo(
     """Train LoReFT on the embedded model, compare it with the base and with LoRA, and plot.
 
     The base model has never seen these families of word problems, nor solutions in prose that end
-    in `#### N`. It stays frozen; two dozen thousand numbers learn to edit its hidden states at
-    twelve prompt tokens. LoRA gets as many parameters, the same rows and the same steps.
+    in `#### N`. It stays frozen; 24,640 numbers learn to edit its hidden states at every token.
+    LoRA gets as many parameters, the same rows, steps and learning rate.
 
     Examples:
 
