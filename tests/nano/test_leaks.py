@@ -40,7 +40,8 @@ def evaluation_texts() -> frozenset[str]:
     rng = random.Random("groups")
     for group in ("new", "far"):
         items += [sums.item(sums.problem(rng, "train", group)) for _ in range(1000)]
-    return frozenset(body(item) for item in items)
+    # No evaluation uses pages and echoes; without their signs these short texts would coincide.
+    return frozenset(body(item) for item in items if item.group not in ("page", "echo"))
 
 
 @cache
@@ -56,7 +57,7 @@ def withheld_texts() -> frozenset[str]:
 
 def leak(item: Item) -> str:
     """Return what an item leaks, or nothing."""
-    text = body(item)
+    text = "" if item.group in ("page", "echo") else body(item)
     whole = f"{item.question} {item.answer}"
     if text in evaluation_texts():
         return "evaluation text"
