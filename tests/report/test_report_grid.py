@@ -299,3 +299,10 @@ def test_several_tasks_and_models(plan, tmp_path):
     last = grid.cells[-1].recipe
     assert (last.task.name, last.task.train_size, last.model.name) == ("passages", 5, "nano-gpt2")
     assert sum(cell.recipe.evaluation.compare_base for cell in grid.cells) == 4
+
+
+def test_a_choice_that_matches_nothing_is_an_error(caplog):
+    with caplog.at_level("ERROR"):
+        code = grids.main(["recipes/grids/families.yaml", "--only", "nothing", "--list"])
+    assert code == 2 and "families/loreft" in caplog.text
+    assert grids.main(["recipes/grids/families.yaml", "--only", "direft", "--list"]) == 0

@@ -207,6 +207,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     whole = Grid(grid.name, grid.cells, grid.base_rows, grid.note)
     grid.cells = [cell for cell in grid.cells if _chosen(cell, arguments)]
+    if not grid.cells:
+        rows = ", ".join(dict.fromkeys(cell.row for cell in whole.cells))
+        log.error("No cell matches. Rows: %s.", rows)
+        return 2
     if arguments.list:
         print(status(grid))
         return 0
@@ -234,7 +238,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
     if arguments.seed is not None and cell.seed != arguments.seed:
         return False
-    return cell.row.startswith(arguments.only)
+    return cell.row.startswith(arguments.only) or cell.row.partition("/")[2] == arguments.only
 
 
 if __name__ == "__main__":
