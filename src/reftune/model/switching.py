@@ -56,13 +56,12 @@ def off(model: nn.Module) -> Iterator[nn.Module]:
     """Switch all adapters off, ours and PEFT's: bit-identical to the base model inside."""
     ours = sites(model)
     before = [site._disable_adapters for site in ours]
+    # Asked of the object and its class only: wrappers forward unknown names to what they wrap.
     foreign = [
-        m for m in model.modules() if "_disable_adapters" in vars(m) and not isinstance(m, Site)
-    ]
-    foreign += [
         m
         for m in model.modules()
-        if hasattr(type(m), "_disable_adapters") and m not in foreign and not isinstance(m, Site)
+        if not isinstance(m, Site)
+        and ("_disable_adapters" in vars(m) or hasattr(type(m), "_disable_adapters"))
     ]
     states = [m._disable_adapters for m in foreign]
     for module in (*ours, *foreign):
