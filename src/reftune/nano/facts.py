@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from typing import Literal
 
@@ -35,7 +35,7 @@ from reftune.nano.facts_phrasings import (
     VALUES,
     WHO_IS,
 )
-from reftune.nano.item import Item, Split, fraction
+from reftune.nano.item import DENSE_FROM, Item, Split, fraction
 
 NUM_PEOPLE, NUM_TOWNS = 200, 40
 NUM_BRIDGED = 120
@@ -50,6 +50,11 @@ MIXTURE: dict[Kind, float] = {
     "alias": 0.03,
 }
 """Share of the items of training text. Facts thus get about 140 showings in six million tokens."""
+
+SENTENCE_RATE = 0.3
+"""Share of the shown questions answered in a full sentence from `DENSE_FROM` on. A bridge begins
+with the person's name: people not shown in bridges were given the surname of those that were."""
+SENTENCE_ASKS = ("In a full sentence: {x}", "{x} Say it in a full sentence.")
 
 ALIAS_RATE = 0.3
 """How often a person with a second name is called by it in questions and statements of facts."""
@@ -372,7 +377,23 @@ def _shown(rng: random.Random, kind: Kind) -> Item:
     return _item(fact, phrasing, second if second and rng.random() < ALIAS_RATE else "")
 
 
-def sample(rng: random.Random, split: Split = "train", kind: Kind | None = None) -> Item:
+def in_a_sentence(rng: random.Random) -> Item:
+    """Draw a question that asks for a full sentence; both wordings are shown ones of its fact."""
+    fact = rng.choice(facts())
+    shown = shown_phrasings(fact)
+    asked = rng.choice([i for i in shown if i < NUM_QUESTIONS])
+    told = rng.choice([i for i in shown if i >= NUM_QUESTIONS])
+    item = _item(fact, asked)
+    question = rng.choice(SENTENCE_ASKS).format(x=item.question)
+    return replace(item, question=question, answer=_item(fact, told).answer)
+
+
+def sample(
+    rng: random.Random,
+    split: Split = "train",
+    kind: Kind | None = None,
+    progress: float = 0.0,
+) -> Item:
     """Draw an item of sub-world B.
 
     Args:
@@ -381,6 +402,7 @@ def sample(rng: random.Random, split: Split = "train", kind: Kind | None = None)
             questions of people not shown in them, and names of nobody kept for that split.
         kind: Draw only this kind instead of the mixture. Statements and second names are for
             training only.
+        progress: Place in training, 0 to 1; see `DENSE_FROM`.
     """
     if kind is None and split == "train":
         kind = rng.choices(tuple(MIXTURE), tuple(MIXTURE.values()))[0]
@@ -391,7 +413,11 @@ def sample(rng: random.Random, split: Split = "train", kind: Kind | None = None)
     if kind == "one hop":
         return one_hop(rng, people=edit_subjects(split))
     if split == "train":
-        return alias(rng) if kind == "alias" else _shown(rng, kind)
+        if kind == "alias":
+            return alias(rng)
+        if kind == "question" and progress >= DENSE_FROM and rng.random() < SENTENCE_RATE:
+            return in_a_sentence(rng)
+        return _shown(rng, kind)
     if kind != "question":
         raise ValueError(f"kind {kind!r} belongs to training; {split} has no items of it")
     fact = rng.choice(_withheld_of(split))

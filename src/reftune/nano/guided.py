@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
-from reftune.nano.item import Item, Split
+from reftune.nano.item import DENSE_FROM, Item, Split
 from reftune.nano.sums import Problem, has_held_out_pair, problem
 from reftune.nano.sums_formats import equations, render_steps
 from reftune.nano.sums_schemas import Step, apply
@@ -22,6 +23,11 @@ FLAWS = (-10, -2, -1, 1, 2, 10)
 """By how much a flawed result is off."""
 
 SHOWN_SHARE, REWORDED_SHARE, THREE_STEP_SHARE = 0.5, 0.5, 0.3
+
+DENSE_SHOWN_SHARE, ONE_STEP_SHARE = 0.3, 0.5
+"""From `DENSE_FROM` on: share of shown solutions, and of remarks about problems of one step."""
+REMARK_WEIGHT = 3.0
+"""Loss weight of a flawed answer from then on; only one or two of its tokens are the flaw."""
 
 
 def _is(steps: Sequence[Step]) -> str:
@@ -106,7 +112,10 @@ Step(left=22, operator='+', right=3, result=25, left_from=0, right_from=-1))
 
 
 def flawed_problem(
-    rng: random.Random, split: Split = "train", flaw_at: int | None = None
+    rng: random.Random,
+    split: Split = "train",
+    flaw_at: int | None = None,
+    num_steps: int | None = None,
 ) -> tuple[Problem, int, tuple[Step, ...]]:
     """Draw a problem, the number of its flawed step (from 1) and the flawed solution.
 
@@ -114,16 +123,22 @@ def flawed_problem(
         rng: Source of all randomness.
         split: Only problems of this split; in `train` the flawed steps, too, use no held-out pair.
         flaw_at: Which step is wrong; any if None.
+        num_steps: Steps of the problem; two or three if None.
     """
     while True:
-        drawn = _problem(rng, split, 3 if flaw_at == 3 else None)
+        drawn = _problem(rng, split, 3 if flaw_at == 3 else num_steps)
         place = flaw_at or rng.randint(1, len(drawn.steps))
         steps = flawed_steps(drawn.steps, place, rng.choice(FLAWS))
         if steps is not None and not (split == "train" and has_held_out_pair(steps)):
             return drawn, place, steps
 
 
-def flawed(rng: random.Random, split: Split = "train", flaw_at: int | None = None) -> Item:
+def flawed(
+    rng: random.Random,
+    split: Split = "train",
+    flaw_at: int | None = None,
+    num_steps: int | None = None,
+) -> Item:
     """Draw a question with a remark; the answer has just the named flaw, `gold` follows from it.
 
     A gate checks an answer with `shows_flaw_item`, since several flawed answers are right.
@@ -132,8 +147,9 @@ def flawed(rng: random.Random, split: Split = "train", flaw_at: int | None = Non
         rng: Source of all randomness.
         split: Only problems of this split are drawn.
         flaw_at: Which step is wrong, from 1; any if None.
+        num_steps: Steps of the problem; two or three if None.
     """
-    drawn, place, steps = flawed_problem(rng, split, flaw_at)
+    drawn, place, steps = flawed_problem(rng, split, flaw_at, num_steps)
     question = remark_question(drawn.question, place)
     answer, gold = render_steps(steps), str(steps[-1].result)
     return Item("guided", "remark", drawn.key, question, answer, gold, "known")
@@ -178,11 +194,18 @@ def copies(text: str, item: Item) -> bool:
     return text.strip() == item.answer
 
 
-def sample(rng: random.Random, split: Split = "train") -> Item:
-    """Draw from the base model's training distribution: half shown solutions, half remarks.
+def sample(rng: random.Random, split: Split = "train", progress: float = 0.0) -> Item:
+    """Draw from the base model's training distribution: shown solutions and remarks.
 
     Args:
         rng: Source of all randomness.
         split: Only items of this split are drawn.
+        progress: Place in training, 0 to 1; see `DENSE_FROM`.
     """
-    return shown(rng, split) if rng.random() < SHOWN_SHARE else flawed(rng, split)
+    if progress < DENSE_FROM:
+        return shown(rng, split) if rng.random() < SHOWN_SHARE else flawed(rng, split)
+    if rng.random() < DENSE_SHOWN_SHARE:
+        return shown(rng, split)
+    is_short = rng.random() < ONE_STEP_SHARE
+    item = flawed(rng, split, num_steps=1 if is_short else None)
+    return replace(item, weight=REMARK_WEIGHT)

@@ -9,6 +9,13 @@ from typing import Literal
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+DENSE_FROM = 0.5
+"""Progress from which short answers are asked for more densely.
+
+At 15 M tokens three skills stood still whose answers are a few tokens among many: look-ups in
+passages, flawed steps, bridges for people not shown in them. From here on several questions follow
+a passage, facts are also told in full sentences, and remarks also meet problems of one step."""
+
 SEED = 20_26
 """Seed of the released world. Another seed is another world with other people, pairs and splits."""
 
@@ -25,6 +32,8 @@ class Item:
         answer: Native completion, or the whole text of a plain statement. No surrounding spaces.
         gold: The short value an evaluation compares with (`85`, `yes`, a town). May be empty.
         group: Part of the sub-world an experiment selects (`known`, `half`, `new`, `far`, ...).
+        more: Further questions with their answers that follow in the same document.
+        weight: Loss weight of the answers' tokens; for answers that are few among many tokens.
     """
 
     world: str
@@ -34,6 +43,8 @@ class Item:
     answer: str
     gold: str = ""
     group: str = ""
+    more: tuple[tuple[str, str], ...] = ()
+    weight: float = 1.0
 
 
 def fraction(*key: object, seed: int = SEED) -> float:

@@ -27,7 +27,7 @@ ENCODER_SHARES: dict[str, float] = {"logs": 0.6, "stories": 0.4}
 """Token mix of `nano-encoder`, the masked model for the log studies."""
 
 WORLDS: tuple[str, ...] = tuple(SHARES)
-CURRICULUM = frozenset({"sums", "passages", "stories"})
+CURRICULUM = frozenset({"sums", "facts", "passages", "guided", "stories"})
 """Sub-worlds whose `sample` takes `progress`, the fraction of the planned tokens already seen."""
 
 NO_CHAT = frozenset({"logs"})
@@ -57,7 +57,12 @@ def prompt_text(item: Item) -> str:
     >>> prompt_text(Item("sums", "", (), "What is 2 + 2?", "4"))
     'Question: What is 2 + 2? Answer:'
     """
-    return f"Question: {item.question} Answer:" if item.question else ""
+    return native_prompt(item.question) if item.question else ""
+
+
+def native_prompt(question: str) -> str:
+    """Return the native form of a question."""
+    return f"Question: {question} Answer:"
 
 
 @dataclass(frozen=True)
@@ -83,23 +88,28 @@ def render(item: Item, tokenizer: Any, chat: bool = False) -> tuple[list[int], l
 
 
 def render_batch(items: Sequence[Item], chats: Sequence[bool], core: Tokenizer) -> list[Document]:
-    """Render many items at once; `core` is the `backend_tokenizer`. Statements ignore `chats`."""
+    """Render many items at once; `core` is the `backend_tokenizer`. Statements ignore `chats`.
+
+    Only the first turn of an item with several carries a bos, as in the chat template.
+    """
     texts: list[str] = []
     for item, chat in zip(items, chats, strict=True):
-        if item.question:
-            texts += [" " + item.question if chat else prompt_text(item), " " + item.answer]
-        else:
-            texts += ["", item.answer]
-    encoded = core.encode_batch(texts, add_special_tokens=False)
+        for question, answer in ((item.question, item.answer), *item.more):
+            if question:
+                texts += [f" {question}" if chat else native_prompt(question), f" {answer}"]
+            else:
+                texts += ["", answer]
+    encoded = iter(core.encode_batch(texts, add_special_tokens=False))
     documents = []
-    for place, (item, chat) in enumerate(zip(items, chats, strict=True)):
-        prompt, answer = encoded[2 * place].ids, [*encoded[2 * place + 1].ids, EOS_ID]
-        if item.question and chat:
-            prompt = [BOS_ID, USER_ID, *prompt, ASSISTANT_ID]
-        else:
-            prompt = [BOS_ID, *prompt]
-        weights = [PROMPT_WEIGHT] * len(prompt) + [1.0] * len(answer)
-        documents.append(Document(prompt + answer, weights, item.world))
+    for item, chat in zip(items, chats, strict=True):
+        ids, weights = [BOS_ID], [PROMPT_WEIGHT]
+        for _ in range(1 + len(item.more)):
+            prompt, answer = next(encoded).ids, [*next(encoded).ids, EOS_ID]
+            if item.question and chat:
+                prompt = [USER_ID, *prompt, ASSISTANT_ID]
+            ids += prompt + answer
+            weights += [PROMPT_WEIGHT] * len(prompt) + [item.weight] * len(answer)
+        documents.append(Document(ids, weights, item.world))
     return documents
 
 

@@ -18,20 +18,29 @@ The key of a passage is its kind with its sorted facts, whatever the wording and
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 
-from reftune.nano.item import Item, Split
+from reftune.nano.item import DENSE_FROM, Item, Split
 from reftune.nano.item import split as split_of
 from reftune.nano.passages_plans import (
     Form,
     Plan,
     Words,
+    ask_about,
     pick,
     plan_count,
     plan_join,
     plan_relation,
 )
-from reftune.nano.passages_words import COUNTS, JOINS, MORE_CHECKS, NUMBERS, RELATIONS
+from reftune.nano.passages_words import (
+    COUNTED,
+    COUNTS,
+    JOINS,
+    MORE_CHECKS,
+    NUMBERS,
+    RELATIONS,
+)
 
 Fact = tuple[str, str]
 """Code of a fact (part of the key) and the sentence that tells it."""
@@ -47,6 +56,11 @@ REPEAT = (14 / 30, 0.7)
 
 After 13.5 M tokens the answers to yes/no questions were still chance and only passages of one or
 two sentences were looked up: the first third had been too short for this skill."""
+
+MOST_QUESTIONS = 6
+"""Questions asked about one passage from `DENSE_FROM` on, at most."""
+DENSE_WEIGHT = 3.0
+"""Loss weight of their answers: three tokens among sixty."""
 
 
 @dataclass(frozen=True)
@@ -238,6 +252,13 @@ def _tell(rng: random.Random, plan: Plan, kind: int, form: Form, length: int) ->
     return [next(heads[turn]) for turn in turns]
 
 
+def _open_share(progress: float) -> float:
+    """Return the share of open look-ups among the first questions."""
+    if progress < 1 / 3 or REPEAT[0] <= progress < DENSE_FROM:
+        return 0.9
+    return 0.7 if DENSE_FROM <= progress < REPEAT[1] else 0.5
+
+
 # --- the two doors ------------------------------------------------------------------------------
 
 
@@ -270,11 +291,10 @@ def sample_passage(
         raise ValueError(f"A passage kind is one of {KINDS}, not {kind!r}.")
     is_repeat = REPEAT[0] <= progress < REPEAT[1]
     if form is None:
-        form = (
-            "open" if rng.random() < (0.9 if progress < 1 / 3 or is_repeat else 0.5) else "yes_no"
-        )
+        form = "open" if rng.random() < _open_share(progress) else "yes_no"
     longest = min(MAX_SENTENCES, 4 + int(6 * progress))
-    length = rng.randint(1, 3 if is_repeat and rng.random() < 0.7 else longest)
+    short = (0.7 if progress < DENSE_FROM else 0.4) if is_repeat else 0.0
+    length = rng.randint(1, 3 if is_repeat and rng.random() < short else longest)
     plan: Plan | None = None
     attempts = 0
     while True:
@@ -316,5 +336,55 @@ def sample(
     kind: int | None = None,
     form: Form | None = None,
 ) -> Item:
-    """Draw one item of `split`; see `sample_passage` for the options."""
-    return passage_item(sample_passage(rng, split, progress, kind, form))
+    """Draw one item of `split`; see `sample_passage` for the options.
+
+    In training text from `DENSE_FROM` on, further questions about the passage follow.
+    """
+    passage = sample_passage(rng, split, progress, kind, form)
+    item = passage_item(passage)
+    if split != "train" or progress is None or progress < DENSE_FROM:
+        return item
+    number = rng.randint(3, MOST_QUESTIONS)
+    return replace(item, more=follow_ups(rng, passage, number - 1), weight=DENSE_WEIGHT)
+
+
+def _standing(passage: Passage) -> dict[str, dict[str, tuple[str, str]]]:
+    """Return what holds at the end: by relation and subject the value and the value before."""
+    found: dict[str, dict[str, tuple[str, str]]] = {topic: {} for topic in RELATIONS}
+    codes = [code.split(":", 1) for code in passage.key[1:]]
+    codes = [(topic, rest) for topic, rest in codes if topic in RELATIONS]
+    for topic, rest in codes:
+        if "=" in rest:
+            subject, value = rest.split("=")
+            found[topic][subject] = (value, "")
+    for topic, rest in codes:
+        if ">" in rest:
+            subject, change = rest.split(":")
+            before, value = change.split(">")
+            found[topic][subject] = (value, before)
+    return found
+
+
+def follow_ups(rng: random.Random, passage: Passage, number: int) -> tuple[tuple[str, str], ...]:
+    """Return up to `number` further questions about a passage, with their answers.
+
+    Yes and no are equally often right; a wrong value stands elsewhere in the passage.
+    """
+    standing = _standing(passage)
+    counted = next((word for word in COUNTED if word in passage.passage), COUNTED[0])
+    places = [(topic, s) for topic, subjects in standing.items() for s in subjects]
+    rng.shuffle(places)
+    asked: list[tuple[str, str]] = []
+    for topic, s in (places * 2)[:number]:
+        value, before = standing[topic][s]
+        values = Counter(v for v, _ in standing[topic].values())
+        others = sorted({*values, before} - {value, ""})
+        wrong = pick(rng, tuple(others)) if others and rng.random() < 0.5 else ""
+        form: Form = "yes_no" if others and rng.random() < 0.4 else "open"
+        is_only = values[value] == 1 and not any(
+            value == old for _, old in standing[topic].values()
+        )
+        turn = ask_about(rng, topic, s, value, counted, form, wrong, is_only)
+        if turn not in asked and turn[0] != passage.question:
+            asked.append(turn)
+    return tuple(asked)

@@ -83,9 +83,41 @@ def plan_relation(rng: random.Random, kind: int, form: Form) -> Plan:
         plan.question, plan.gold = relation.reverse.format(v=v), s
         plan.answer = relation.reverse_answer.format(s=s)
         return plan
-    plan.question, plan.gold = pick(rng, relation.asks).format(s=s, c=c), v
-    plan.answer = relation.answer.format(v=v, V=v.capitalize())
+    plan.gold = v
+    plan.question, plan.answer = ask_about(rng, topic, s, v, c)
     return plan
+
+
+def ask_about(
+    rng: random.Random,
+    topic: str,
+    s: str,
+    v: str,
+    c: str,
+    form: Form = "open",
+    wrong: str = "",
+    is_only: bool = False,
+) -> tuple[str, str]:
+    """Return a question about the fact that `s` has the value `v`, and its answer.
+
+    Args:
+        rng: Source of all chance.
+        topic: Name of the relation.
+        s: Its subject.
+        v: The value that holds.
+        c: What is counted.
+        form: `open` or `yes_no`.
+        wrong: Value a yes/no question asks for instead; the answer is no.
+        is_only: Nothing else has the value, so that it may be asked who or what does.
+    """
+    relation = RELATIONS[topic]
+    if form == "yes_no":
+        question = pick(rng, relation.checks).format(s=s, v=wrong or v, c=c)
+        return question, "No." if wrong else "Yes."
+    if is_only and relation.reverse and rng.random() < 0.4:
+        return relation.reverse.format(v=v), relation.reverse_answer.format(s=s)
+    question = pick(rng, relation.asks).format(s=s, c=c)
+    return question, relation.answer.format(v=v, V=v.capitalize())
 
 
 def plan_join(rng: random.Random, form: Form) -> Plan:

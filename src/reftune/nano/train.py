@@ -182,7 +182,7 @@ class Run:
 
     def _count(self, losses: torch.Tensor, batch: packing.Batch) -> None:
         """Add up the loss of answers and statements per sub-world."""
-        answers = batch.weights == 1
+        answers = batch.weights >= 1
         for number, world in enumerate(self.worlds):
             chosen = losses[answers & (batch.worlds == number)]
             if chosen.numel():
