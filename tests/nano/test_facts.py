@@ -13,9 +13,26 @@ from reftune.nano.facts_phrasings import PHRASINGS, UNKNOWN_ANSWER, VALUES
 from reftune.nano.names import ACTORS
 
 
-def draws(split, number, seed=1):
+def draws(split, number, seed=1, progress=0.0):
     rng = random.Random(seed)
-    return [facts.sample(rng, split) for _ in range(number)]
+    return [facts.sample(rng, split, progress=progress) for _ in range(number)]
+
+
+def question_of(item):
+    """Return the bare question of an item that asks for a full sentence."""
+    return re.sub(r"^In a full sentence: | Say it in a full sentence\.$", "", item.question)
+
+
+def test_full_sentences_name_the_subject_late_in_training_only():
+    items = draws("train", 10_000, progress=0.5)
+    told = [item for item in items if "full sentence" in item.question]
+    assert 0.10 < len(told) / len(items) < 0.18
+    for item in told:
+        assert item.key[1] in item.answer and item.gold.lower() in item.answer.lower()
+        assert question_of(item) != item.question
+    subjects = {item.key[1] for item in told}
+    assert len(subjects & set(facts.edit_subjects("test"))) > 30
+    assert not any("full sentence" in item.question for item in draws("train", 5_000))
 
 
 def test_the_world_has_the_specified_size():
@@ -66,8 +83,8 @@ def test_training_text_holds_no_withheld_phrasing_not_even_inside_another_item()
             question, statement = facts.withheld_phrasings(fact)
             hidden.add(facts.render(fact, question, subject))
             hidden.add(facts.render(fact, statement, subject))
-    items = draws("train", 40_000)
-    seen = {item.question for item in items}
+    items = draws("train", 40_000) + draws("train", 20_000, progress=1.0)
+    seen = {question_of(item) for item in items}
     seen |= {part for item in items for part in re.split(r"(?<=\.) ", item.answer)}
     assert not hidden & seen
     assert len(seen) > 5_000

@@ -75,5 +75,17 @@ def test_items_stay_in_their_split_and_in_known_families(side: str) -> None:
     assert kinds == {"shown", "remark"}
 
 
+def test_remarks_also_meet_one_step_late_in_training() -> None:
+    rng = random.Random(5)
+    items = [guided.sample(rng, progress=0.5) for _ in range(1_000)]
+    remarks = [item for item in items if item.kind == "remark"]
+    assert 640 < len(remarks) < 760
+    short = [item for item in remarks if len(equations(item.answer)) == 1]
+    assert 0.4 < len(short) / len(remarks) < 0.6
+    assert all(guided.shows_flaw_item(item.answer, item) for item in remarks)
+    assert {item.weight for item in remarks} == {guided.REMARK_WEIGHT}
+    assert {item.weight for item in items if item.kind == "shown"} == {1.0}
+
+
 def test_the_same_seed_gives_the_same_item() -> None:
     assert guided.sample(random.Random(3)) == guided.sample(random.Random(3))

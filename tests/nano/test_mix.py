@@ -92,6 +92,21 @@ def test_chat_rendering_is_the_template(tokenizer) -> None:
     assert weights.count(1.0) == len(ids) - len(prompt)
 
 
+@pytest.mark.parametrize("chat", [False, True])
+def test_further_questions_are_further_turns(tokenizer, chat) -> None:
+    item = Item("facts", "", (), "A b?", "c.", more=(("D?", "e f."), ("G?", "h.")), weight=3.0)
+    document = mix.render_batch([item], [chat], tokenizer.backend_tokenizer)[0]
+    pairs = ((item.question, item.answer), *item.more)
+    if chat:
+        wanted = "".join(f"<user> {q}<assistant> {a}<eos>" for q, a in pairs)
+    else:
+        wanted = "".join(f"Question: {q} Answer: {a}<eos>" for q, a in pairs)
+    assert tokenizer.decode(document.ids) == "<bos>" + wanted
+    paid = [i for i, w in zip(document.ids, document.weights, strict=True) if w == 3.0]
+    assert tokenizer.decode(paid) == " c.<eos> e f.<eos> h.<eos>"
+    assert set(document.weights) == {0.1, 3.0}
+
+
 def test_template_takes_turns_and_marks_the_answers(tokenizer) -> None:
     turns = [
         {"role": "system", "content": "Be short."},

@@ -48,23 +48,54 @@ def _read(text):
     return state
 
 
+def _answers(state, question):
+    """Return every answer that `state` gives to a question."""
+    answers = set()
+    for topic, relation in RELATIONS.items():
+        pools = {"s": relation.subject, "v": relation.value}
+        for check in relation.checks:
+            if found := _match(check, question, **pools):
+                answers.add("yes" if state[topic].get(found["s"]) == found["v"] else "no")
+        for ask in relation.asks:
+            if found := _match(ask, question, **pools):
+                answers.add(state[topic].get(found["s"]))
+        if found := _match(relation.reverse, question, **pools):
+            answers |= {s for s, v in state[topic].items() if v == found["v"]}
+    return answers
+
+
 @pytest.mark.parametrize("kind", [1, 2])
 def test_answers_follow_from_the_sentences(kind):
     for item in _draw(250, kind=kind, progress=1.0):
-        state, answers = _read(item.passage), set()
-        for topic, relation in RELATIONS.items():
-            pools = {"s": relation.subject, "v": relation.value}
-            for check in relation.checks:
-                if found := _match(check, item.question, **pools):
-                    answers.add("yes" if state[topic].get(found["s"]) == found["v"] else "no")
-            for ask in relation.asks:
-                if found := _match(ask, item.question, **pools):
-                    answers.add(state[topic].get(found["s"]))
-            if found := _match(relation.reverse, item.question, **pools):
-                answers |= {s for s, v in state[topic].items() if v == found["v"]}
+        answers = _answers(_read(item.passage), item.question)
         assert item.gold in answers
         assert len(answers - {None, "no"}) <= 1, (item, answers)
         assert item.gold.lower() in item.answer.lower()
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+def test_follow_ups_have_one_right_answer(kind):
+    rng, counts = random.Random(kind), Counter()
+    for _ in range(250):
+        passage = passages.sample_passage(rng, kind=kind, progress=1.0)
+        state = _read(passage.passage)
+        turns = passages.follow_ups(rng, passage, 5)
+        assert len(turns) <= 5 and passage.question not in dict(turns)
+        for question, answer in turns:
+            answers = _answers(state, question)
+            assert len(answers) == 1 and None not in answers, (passage, question, answers)
+            assert answers.pop().lower() in answer.lower(), (passage, question, answer)
+            counts[answer] += 1
+    assert 0.8 < counts["Yes."] / counts["No."] < 1.25
+
+
+def test_further_questions_belong_to_training_text_alone():
+    rng = random.Random(0)
+    late = [passages.sample(rng, "train", progress=0.5) for _ in range(50)]
+    assert any(item.more for item in late) and {item.weight for item in late} == {3.0}
+    for split, progress in (("train", 0.49), ("train", None), ("test", 0.9)):
+        item = passages.sample(rng, split, progress=progress)
+        assert not item.more and item.weight == 1.0
 
 
 def test_joins_follow_from_two_sentences():
