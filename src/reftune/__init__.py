@@ -36,6 +36,7 @@ _PUBLIC = {
     "save": "reftune.model.checkpoint:save_adapter",
     "push": "reftune.model.hub",
     "generate": "reftune.inference.generate",
+    "prefix_cache": "reftune.inference.prefix",
     "train": "reftune.training.stages",
     "ReftTrainer": "reftune.training.trainer",
     "ReftuneError": "reftune.errors",
@@ -46,6 +47,7 @@ __all__ = ["__version__", *_PUBLIC]
 if TYPE_CHECKING:
     from reftune.errors import ReftuneError
     from reftune.inference.generate import generate
+    from reftune.inference.prefix import prefix_cache
     from reftune.interventions import register
     from reftune.interventions.base import Edit, Intervention, InterventionConfig, LowRankConfig
     from reftune.interventions.direft import DireftConfig

@@ -94,7 +94,9 @@ def test_sampling_draws_from_the_model_distribution():
 def test_sampling_never_picks_an_impossible_token():
     scores = torch.tensor([[-torch.inf, 0.0, -torch.inf]]).repeat(2, 1)
     edges = torch.tensor([[0.0], [1.0 - 2**-53]], dtype=torch.float64)
-    picked = SeededSampler(edges, 1, Decoding(1, temperature=1.0))(torch.zeros(2, 1), scores)
+    picked = SeededSampler(edges, 1, Decoding(1, temperature=1.0))(
+        torch.zeros(2, 1, dtype=torch.long), scores
+    )
     assert picked.argmax(-1).tolist() == [1, 1]
 
 
@@ -210,11 +212,11 @@ def test_progress_reaches_the_end_and_memory_shortage_halves_the_batch(
     expected = generate(model, tokenizer, PROMPTS, max_new_tokens=5)
     whole, sizes, seen = module.run, [], []
 
-    def short_of_memory(model, tokenizer, batch, decoding):
+    def short_of_memory(model, tokenizer, batch, decoding, **options):
         sizes.append(len(batch))
         if len(batch) > 1:
             raise torch.OutOfMemoryError("out of memory")
-        return whole(model, tokenizer, batch, decoding)
+        return whole(model, tokenizer, batch, decoding, **options)
 
     monkeypatch.setattr(module, "run", short_of_memory)
 

@@ -112,3 +112,18 @@ def test_another_width_is_refused(tmp_path):
     folder = write(tmp_path / "pyreft", {(0, 0): loreft_state(0)})
     with pytest.raises(AdapterError, match="width 32, the model 16"):
         convert_pyreft(folder, tmp_path / "adapter", tiny_llama(dim=16), positions="last")
+
+
+def test_the_activation_it_was_trained_with_is_given(tmp_path):
+    state = loreft_state(0)
+    folder = write(tmp_path / "pyreft", {(0, 0): state})
+    convert_pyreft(
+        folder, tmp_path / "adapter", tiny_llama(dim=DIM), positions="last", activation="relu"
+    )
+    loaded, _ = reftune.load(tmp_path / "adapter", model=tiny_llama(dim=DIM))
+    module = next(m for m in loaded.modules() if isinstance(m, reftune.Intervention)).eval()
+    h = torch.randn(5, DIM)
+    rotation = state["rotate_layer"]
+    source = torch.relu(h @ state["weight"].T + state["bias"])
+    wanted = (source - h @ rotation) @ rotation.T
+    assert torch.allclose(module(h).delta, wanted, atol=1e-5)

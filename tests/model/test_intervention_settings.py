@@ -104,3 +104,37 @@ def test_identity_is_exact_and_learns_or_is_refused_by_name(method, activation):
 def test_consreft_refuses_identity_before_there_is_a_model():
     with pytest.raises(AdapterError, match="consreft cannot start at the identity"):
         ReftConfig(LowRankConfig(init="identity"), method="consreft")
+
+
+@pytest.mark.parametrize("name", ["loreft", "direft", "direft_orth", "noreft"])
+def test_paper_initialisation_is_that_of_linear_layers(name):
+    dim, rank = 256, 8
+    torch.manual_seed(0)
+    module = get(name)(get(name).Config(rank=rank), dim)
+    module.reset()
+    bound = dim**-0.5
+    for parameter in (module.reft_weight, module.reft_bias):
+        assert parameter.abs().max() <= bound
+    assert module.reft_weight.abs().max() > 0.98 * bound
+    assert float(module.reft_weight.std()) == pytest.approx(bound / 3**0.5, rel=0.05)
+    assert module.reft_bias.any()
+
+
+@pytest.mark.parametrize("name", ["consreft", "lobireft"])
+def test_constants_start_as_in_the_reference(name):
+    torch.manual_seed(0)
+    module = get(name)(get(name).Config(rank=64), 128)
+    module.reset()
+    bias = module.reft_bias
+    assert 0 <= bias.min() < 0.1 and 0.9 < bias.max() < 1
+
+
+def test_a_fresh_edit_is_small_beside_the_state():
+    """Expected ratio for orthonormal R and uniform W, b: sqrt(4 r / 3 d)."""
+    dim, rank = 1024, 8
+    torch.manual_seed(0)
+    module = get("loreft")(LoreftConfig(rank=rank), dim)
+    module.reset()
+    h = torch.randn(200, dim)
+    ratio = (module.eval()(h).delta.norm(dim=1) / h.norm(dim=1)).mean()
+    assert float(ratio.detach()) == pytest.approx((4 * rank / 3 / dim) ** 0.5, rel=0.1)

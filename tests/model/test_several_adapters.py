@@ -282,11 +282,15 @@ def test_rows_of_different_subspaces_train_as_if_apart():
             subspaces=[select[i] for i in keep],
         ).logits  # fmt: skip
         (logits * mask[keep][..., None]).square().sum().backward()
-        return interventions(model)[0].reft_weight.grad.clone()
+        chosen = interventions(model)[0]
+        return chosen.reft_weight.grad.clone(), chosen.reft_rotation.grad.clone()
 
-    together = gradients([0, 1, 2])
-    assert equal(together[:2], gradients([0, 2])[:2], 1e-5)
-    assert equal(together[2:], gradients([1])[2:], 1e-5)
+    weight, rotation = gradients([0, 1, 2])
+    first, second = gradients([0, 2]), gradients([1])
+    assert equal(weight[:2], first[0][:2], 1e-5) and equal(weight[2:], second[0][2:], 1e-5)
+    assert equal(rotation, first[1] + second[1], 1e-5)
+    assert not first[1][2:].any() and not second[1][:2].any()
+    assert first[1][:2].any() and second[1][2:].any()
 
 
 def test_subspaces_in_generation_reach_beams():

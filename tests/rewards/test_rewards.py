@@ -7,7 +7,7 @@ import pytest
 
 from reftune import rewards
 from reftune.errors import RecipeError
-from reftune.rewards import choice, exact, numeric
+from reftune.rewards import base, choice, exact, numeric
 
 MODULES = (
     "reftune.rewards",
@@ -103,6 +103,20 @@ def test_label_after_the_trigger():
 
 
 @pytest.mark.quick
+def test_only_the_reasoning_after_its_last_marker_counts():
+    went_on = "Therefore, the answer is: {}\nQuestion:\nx\nAnswer reasoning:\n{}"
+    # The answer to the question that was asked stands before the marker and is not seen.
+    number, label = went_on.format(5, 7), went_on.format("b", "c")
+    assert numeric.WHOLE_NUMBER.extract(number) is None
+    assert numeric.WHOLE_NUMBER_REFERENCE.extract(number) == "7"
+    assert choice.AFTER_TRIGGER.extract(label) is None
+    assert choice.AFTER_TRIGGER_REFERENCE.extract(label) == "c"
+    echoed = "Question:\nx\nAnswer reasoning:\nTherefore, the answer is: 5"
+    assert numeric.WHOLE_NUMBER.extract(echoed) == "5"
+    assert numeric.WHOLE_NUMBER_REFERENCE.extract("Answer reasoning: 5") == "5"
+
+
+@pytest.mark.quick
 @pytest.mark.parametrize(
     ("text", "default", "reference"),
     [
@@ -153,6 +167,15 @@ def test_commonsense_needs_its_trigger_and_the_exact_label():
 
 
 @pytest.mark.quick
+def test_commonsense_takes_all_that_follows_the_first_trigger():
+    rule = exact.COMMONSENSE
+    twice = "the correct answer is true\nthe correct answer is false"
+    assert rule.extract(twice) == "true\nthe correct answer is false"
+    assert (rule.reward(twice, "false"), rule.reward(twice, "true")) == (0.0, 0.0)
+    assert base.after(twice, "the correct answer is ") == "false"
+
+
+@pytest.mark.quick
 def test_contains_wants_whole_words():
     assert exact.CONTAINS.reward("In the Kitchen.", "kitchen") == 1.0
     assert exact.CONTAINS.reward("untrue", "true") == 0.0
@@ -164,8 +187,11 @@ def test_contains_wants_whole_words():
 def test_every_registered_rule_rewards_and_unknown_names_are_refused():
     for name in rewards.names():
         rule = rewards.get(name)
+        assert rule.name == name
         assert rule.reward("", "7") in (0.0, 1.0)
         assert rule.matches("b", "c") is False
+    known = rewards.names()
+    assert {"numeric_trigger_reference", "choice_trigger_reference"} <= set(known)
     with pytest.raises(RecipeError, match=r'no reward "numerik".*Did you mean "numeric"'):
         rewards.get("numerik")
 

@@ -37,6 +37,8 @@ def test_prompt_target_and_choices(tmp_path):
     assert (task.kind, task.max_new_tokens) == ("choice", 32)
     assert gold_accuracy(task, [*train, *test]) == 1.0
     assert task.extract("false", first) is None
+    twice = "the correct answer is true\nthe correct answer is false"
+    assert task.score(twice, first) == {"accuracy": 0.0}
 
 
 def test_an_answer_outside_the_format_is_refused(tmp_path):

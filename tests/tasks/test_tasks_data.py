@@ -10,6 +10,7 @@ from task_lookalikes import gold_accuracy, make
 
 from reftune.errors import DataError
 from reftune.tasks.guard import overlap, refuse_test
+from reftune.tasks.problems import Problem, capital_options
 
 FOLDER = os.environ.get("REFTUNE_DATA", "")
 pytestmark = [
@@ -101,6 +102,20 @@ def test_first_rows_to_the_letter():
     _, examples = load("svamp", "train", template="reinforced")
     assert examples[0].prompt.startswith("Question:\ntyler an animal rights advocate")
     assert examples[0].target.endswith("<203>.\nTherefore, the answer is: 203.0")
+
+
+def test_options_in_capitals_are_the_text_of_llm_adapters():
+    _, published = load("mathqa", "test")
+    _, small = load("mathqa", "test", template="reinforced")
+    known = {example.question.lower(): example.answer for example in published}
+    problems = [capital_options(Problem("", e.question, "", e.answer)) for e in small]
+    assert all(known[problem.question.lower()] == problem.answer for problem in problems)
+    assert all(" The options: " in problem.question for problem in problems)
+
+
+def test_the_alpaca_form_of_svamp_is_written_as_llm_adapters_does():
+    _, examples = load("math10k", "test", sets=["svamp"])
+    assert examples[0].question.startswith("Matthew gave equal numbers of crackers and cakes to")
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,8 @@ import pytest
 from task_lookalikes import gold_accuracy, make, write_rows
 
 from reftune.errors import DataError, RecipeError
-from reftune.tasks.problems import from_equation, to_problem
+from reftune.rewards import numeric
+from reftune.tasks.problems import Problem, capital_options, from_equation, to_problem
 
 pytestmark = pytest.mark.quick
 
@@ -81,6 +82,7 @@ def test_reinforced_form(tmp_path):
     first = task.load("train")[3]
     assert first.id == "svamp_3"
     assert first.prompt == "Question:\ntom had 3 nuts . how many ?\nAnswer reasoning:\n"
+    assert first.prompt.endswith(f"{numeric.MARKER}\n")
     assert first.target == (
         "He had 3.\n\nTherefore, the answer is <3>.\nTherefore, the answer is: 3.0"
     )
@@ -186,9 +188,9 @@ def test_equations_are_written_out(equation, written):
             "Which? The options are: A)1 B)2", "B", "It is two.\nThe answer is B.",
         ),
         (
-            {"Problem": "which ?", "options": "a ) 1 , b ) 2.5", "Rationale": '"so a"',
-             "correct": "a", "category": "x"},
-            "which ?\na ) 1, b ) 2.5", "a", "so a",
+            {"Problem": "which ? ", "options": "a ) 38 , b ) 27.675 , c ) none", "Rationale":
+             '"so a"', "correct": "a", "category": "x"},
+            "which ?\na ) 38 , b ) 27.675 , c ) none", "a", "so a",
         ),
         (
             {"id": "m1", "question": "Sum?", "chain": '<gadget id="c">1 + 1</gadget> <output>2'
@@ -244,6 +246,63 @@ def test_mathqa_takes_the_file_that_fits_its_form(tmp_path):
     example = task.load("test")[0]
     assert example.answer == "b"
     assert task.score('x\nTherefore, the answer is: "B"', example) == {"accuracy": 1.0}
+
+
+LETTERED = "which ?\na ) 38 , b ) 2 , c ) a dog , d ) data inadequate , e ) none of these"
+MATHQA_ROWS = {
+    "mwp_reft_mathqa": [
+        {"item_id": f"mathqa_{i}", "question": LETTERED, "answer_cot": "it is b .",
+         "answer_value": "b"}
+        for i in range(20)
+    ],
+    "mathqa": [
+        {"Problem": "which ?", "options": LETTERED.partition("\n")[2], "Rationale": '"so it is b"',
+         "correct": "b", "category": "x"}
+        for _ in range(20)
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("compat", ["default", "reference"])
+@pytest.mark.parametrize("template", ["alpaca", "steps", "native", "reinforced"])
+@pytest.mark.parametrize("form", MATHQA_ROWS)
+def test_lower_case_options_of_mathqa_are_answered_in_every_form(tmp_path, form, template, compat):
+    rows = MATHQA_ROWS[form]
+    endings = ("nl", "test_set") if form.startswith("mwp") else ("train", "test")
+    for ending in endings:
+        write_rows(tmp_path / f"{form}_{ending}.jsonl", rows)
+    task = make("mathqa", tmp_path, template=template, compat=compat)
+    train, test = task.load("train"), task.load("test")
+    assert gold_accuracy(task, train) == gold_accuracy(task, test) == 1.0
+    first = train[0]
+    if template == "reinforced":
+        assert first.prompt == f"Question:\n{LETTERED}\nAnswer reasoning:\n"
+        assert first.target.endswith("\nTherefore, the answer is: b")
+        return
+    # The only form in which these options are published with capitals is LLM-Adapters'.
+    assert (
+        "which ? The options: A ) 38 , B ) 2 , C ) a dog , D ) data inadequate , E ) none of these"
+        in first.prompt
+    )
+    assert first.answer == "B"
+    assert first.target.endswith(" B" if template == "steps" else "The answer is B.")
+
+
+def test_options_published_as_a_list_get_capitals_too():
+    question = "which ?\n['a ) 1 cm', 'b ) b ) 3 cm']"
+    problem = Problem("", question, "", "b")
+    assert capital_options(problem).question == "which ? The options: ['A ) 1 cm', 'B ) b ) 3 cm']"
+    plain = Problem("", "a and b\nare what ?", "", "4")
+    assert capital_options(plain) == plain
+
+
+def test_the_alpaca_form_of_svamp_prefers_the_text_of_llm_adapters(tmp_path):
+    write_rows(tmp_path / "mwp_reft_svamp_test_set.jsonl", REINFORCED)
+    write_rows(tmp_path / "llm_adapters_svamp_test.jsonl", [ADAPTERS])
+    mix = make("math10k", tmp_path, sets=["svamp"])
+    assert [e.question for e in mix.load("test")] == ["How many?"]
+    assert len(make("svamp", tmp_path, template="alpaca").load("test")) == 1
+    assert len(make("svamp", tmp_path).load("test")) == len(REINFORCED)
 
 
 def test_math10k_tests_on_several_sets(tmp_path):

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 import reftune.tasks as package
-from reftune import tasks
+from reftune import rewards, tasks
 from reftune.config.recipe import TaskSpec
 from reftune.errors import DataError, RecipeError
 from reftune.tasks.base import Example, Task, sample
@@ -91,9 +91,11 @@ def test_listing_tasks_imports_nothing_heavy():
 
 
 @pytest.mark.skipif(not DOCS.is_file(), reason="the docs are not beside the tests")
-def test_the_docs_name_every_task_and_their_examples_load():
+def test_the_docs_name_every_task_and_reward_and_their_examples_load():
     text = DOCS.read_text(encoding="utf-8")
     for name in tasks.names():
+        assert f"`{name}`" in text, name
+    for name in rewards.names():
         assert f"`{name}`" in text, name
     blocks = re.findall(r"```yaml\n(.*?)```", text, re.DOTALL)
     assert len(blocks) >= 5

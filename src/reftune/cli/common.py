@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from reftune.config.recipe import Recipe, TaskSpec
+    from reftune.report.tables import Table
 
 JsonFlag = Annotated[
     bool, typer.Option("--json", help="Print one JSON object on standard output, nothing else.")
@@ -29,9 +30,19 @@ SetOption = Annotated[
         "--set", metavar="KEY=VALUE", help="Change a recipe value, as adapter.rank=8. Repeatable."
     ),
 ]
+TaskOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--option", "-o", metavar="KEY=VALUE", help="Short for --set task.KEY=VALUE. Repeatable."
+    ),
+]
 DataDirOption = Annotated[
     str | None, typer.Option("--data-dir", help="Folder with files of the task.")
 ]
+
+
+FILE_WIDTH = 400
+"""Columns for a table that goes to a file or a pipe, which have no edge."""
 
 
 class Interrupted(ReftuneError):
@@ -76,6 +87,31 @@ def note(text: str) -> None:
         err().print(text, markup=False, soft_wrap=True)
 
 
+def say(text: str, style: str = "") -> None:
+    """Print a line of results as it is: no markup, and no line break that is not in it."""
+    out().print(text, markup=False, soft_wrap=True, style=style or None)
+
+
+def print_table(table: Table) -> None:
+    """Print a table of figures: fitted to a terminal, whole into a file."""
+    from rich.console import Console
+
+    console = out()
+    if console.is_terminal:
+        console.print(table.to_rich(console.width))
+    else:
+        Console(highlight=False, width=FILE_WIDTH).print(table.to_rich())
+
+
+def changes_of(set_: Sequence[str] | None, option: Sequence[str] | None) -> list[str]:
+    """Return the changes of `--set`, then those of `--option`, which are keys of the task.
+
+    >>> changes_of(["seed=3"], ["style=prose"])
+    ['seed=3', 'task.style=prose']
+    """
+    return [*(set_ or []), *(f"task.{text}" for text in option or [])]
+
+
 def read_recipe(
     recipe: str,
     overrides: Sequence[str] | None = None,
@@ -99,14 +135,14 @@ def read_recipe(
 
 
 def task_spec(
-    task: str, data_dir: str | None, options: Sequence[str], sizes: dict[str, int | None]
+    task: str, data_dir: str | None, changes: Sequence[str], sizes: dict[str, int | None]
 ) -> TaskSpec:
     """Return a task by name, or own data from a file, checked like a recipe.
 
     Args:
         task: A task's name, or a data file whose rows are scored.
         data_dir: Folder with local files of a named task.
-        options: Further keys of the task, `style=prose`.
+        changes: Further keys of the task, `task.style=prose`.
         sizes: `train_size`, `validation_size`, `test_size`.
     """
     from reftune.config.loader import task_of
@@ -116,7 +152,7 @@ def task_spec(
     values |= {key: value for key, value in sizes.items() if value is not None}
     if data_dir:
         values["data_dir"] = data_dir
-    return task_of(values, [f"task.{option}" for option in options])
+    return task_of(values, changes)
 
 
 def run_recipe(path: str) -> Recipe | None:

@@ -18,6 +18,9 @@ def convert(
     positions: Annotated[
         str, typer.Option("--positions", "-p", help="Positions it was trained with, as f7+l7.")
     ],
+    activation: Annotated[
+        str, typer.Option("--activation", help="The act_fn it was trained with, as relu.")
+    ] = "none",
     json_: JsonFlag = False,
 ) -> None:
     """Convert an adapter saved by pyreft, and check that both compute the same.
@@ -26,8 +29,8 @@ def convert(
 
         reftune convert pyreft_out adapters/mine --model Qwen/Qwen3-0.6B --positions f7+l7
 
-    pyreft does not save the positions; here they are part of the adapter, so name them. What cannot
-    be converted is refused by name, and nothing is written then.
+    pyreft saves neither the positions nor the activation (`act_fn`); here they are part of the
+    adapter, so name them. What cannot be converted is refused by name, and nothing is written then.
     """
     from reftune.model.positions import PositionRule
 
@@ -36,7 +39,7 @@ def convert(
         raise RecipeError(f"{out_folder} exists already.", "Choose another folder.")
     from reftune.model.convert import convert_pyreft
 
-    facts = convert_pyreft(pyreft_folder, out_folder, model, positions)
+    facts = convert_pyreft(pyreft_folder, out_folder, model, positions, activation)
     if json_:
         print_json({"folder": out_folder, **facts})
         return

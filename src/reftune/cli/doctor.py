@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import asdict
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -37,22 +38,30 @@ def doctor(
         reftune doctor
         reftune doctor --model Qwen/Qwen3-0.6B
         reftune doctor --recipe my.yaml --json
+        reftune doctor --model Qwen/Qwen3-0.6B --recipe my.yaml
 
     The check of a model attaches LoReFT to it: sites found, identity and off leave the model as it
     was, an edit changes the output, gradients reach every site, saving and loading is exact. A
     failed check makes the exit code 4.
+
+    With a model and a recipe it also loads the recipe's rows and tells, for each stage, what causal
+    caching holds constant, what it saves, and which edits can never be trained.
     """
     facts = environment()
     checks: list[dict[str, Any]] = []
+    plans: list[dict[str, Any]] = []
     if recipe is not None:
         checks += _check_recipe(recipe)
     if model is not None:
         checks += _check_model(model, head)
+    if recipe is not None and model is not None:
+        plans = _plans(recipe, model)
     failed = [check for check in checks if not check["passed"]]
     if json_:
-        print_json({**facts, "checks": checks, "ok": not failed})
+        print_json({**facts, "checks": checks, "plans": plans, "ok": not failed})
     else:
         _show(facts, checks)
+        _show_plans(plans)
     if failed:
         raise typer.Exit(4)
 
@@ -104,6 +113,31 @@ def _check_model(name: str, head: str | None) -> list[dict[str, Any]]:
         {"name": check.name, "passed": bool(check.passed), "detail": check.detail}
         for check in self_check(model)
     ]
+
+
+def _plans(recipe: str, model: str) -> list[dict[str, Any]]:
+    """Return the plan of each stage of a recipe, on another model if it names one."""
+    from reftune.training.stages import plans
+
+    return [{**asdict(plan), "text": plan.line()} for plan in plans(read_recipe(recipe), model)]
+
+
+def _show_plans(plans: list[dict[str, Any]]) -> None:
+    """Print what causal caching does in each stage."""
+    from rich.text import Text
+
+    for number, plan in enumerate(plans, 1):
+        lines = [("causal", plan["text"].removeprefix("causal: "))]
+        if plan["length"]:
+            lines += [
+                ("first edit", f"token {plan['p0']:g} of {plan['length']:g} (median)"),
+                ("untouched", f"{plan['l0'] + 1} of {plan['num_blocks']} blocks, from below"),
+            ]
+        if plan["dead"]:
+            lines.append(("dead", plan["dead"]))
+        out().print(f"stage {number}", style="bold")
+        for name, text in lines:
+            out().print(Text.assemble((f"  {name:<12}", "bold"), text), soft_wrap=True)
 
 
 def _show(facts: dict[str, Any], checks: list[dict[str, Any]]) -> None:

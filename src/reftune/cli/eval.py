@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -12,12 +13,17 @@ import typer
 from reftune.cli.common import (
     DataDirOption,
     JsonFlag,
-    out,
+    SetOption,
+    TaskOption,
+    changes_of,
     print_json,
+    print_table,
     progress,
     run_recipe,
+    say,
     task_spec,
 )
+from reftune.cli.generate import NO_REPEAT, PENALTY
 from reftune.cli.models import HeadOption, load_any
 from reftune.errors import DataError, RecipeError
 
@@ -27,6 +33,19 @@ if TYPE_CHECKING:
     from reftune.tasks.base import Task
 
 BASE = "base"
+CHANGED = ("task", "evaluation", "seed")
+"""What of a recipe scoring reads; other keys belong to training."""
+SHORT = {
+    "samples": "k",
+    "temperature": "t",
+    "max_new_tokens": "tokens",
+    "top_p": "p",
+    "top_k": "top",
+    "num_beams": "beams",
+    "repetition_penalty": "penalty",
+    "no_repeat_ngram_size": "ngram",
+}
+"""Flags that change answers, and how a folder's name calls them."""
 
 
 def evaluate(
@@ -39,16 +58,26 @@ def evaluate(
         str | None,
         typer.Option(help='Compare with this model, adapter or run on the same rows; or "base".'),
     ] = None,
-    split: Annotated[str, typer.Option(help="test or validation.")] = "test",
-    data_dir: DataDirOption = None,
-    option: Annotated[
-        list[str] | None, typer.Option("--option", "-o", help="Key of the task, as style=prose.")
+    split: Annotated[
+        str | None, typer.Option(help="test (the default) or validation.", show_default=False)
     ] = None,
+    data_dir: DataDirOption = None,
+    set_: SetOption = None,
+    option: TaskOption = None,
     size: Annotated[int | None, typer.Option(min=1, help="Score at most this many rows.")] = None,
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a batch.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
+    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus of sampling.")] = None,
+    top_k: Annotated[
+        int | None, typer.Option(min=0, help="Most likely tokens to sample from; 0 is all.")
+    ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers a prompt.")] = None,
+    num_beams: Annotated[
+        int | None, typer.Option(min=1, help="Beams of a greedy search.")
+    ] = None,
+    repetition_penalty: Annotated[float | None, PENALTY] = None,
+    no_repeat_ngram_size: Annotated[int | None, NO_REPEAT] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of sampling. Default: the run's own, or 0.")
     ] = None,
@@ -65,19 +94,34 @@ def evaluate(
         reftune eval runs/demo --against base              # paired test on the same rows
         reftune eval runs/rank8 --against runs/rank4
         reftune eval nano --task my_test.jsonl --option prompt=question
+        reftune eval runs/demo --set evaluation.top_p=0.9 --temperature 0.8 --samples 4
 
-    Exit code 0 says that scoring worked, not that a score is good.
+    `--set` changes keys of `task`, `evaluation` and `seed`, for this scoring only. Exit code 0 says
+    that scoring worked, not that a score is good.
     """
-    if split not in ("test", "validation"):
-        raise RecipeError(f'There is no split "{split}" to score.', "Use test or validation.")
     recipe = run_recipe(model)
-    spec = _task(task, recipe, data_dir, option or [], size, split)
-    decoding = _decoding(recipe, split, batch_size, max_new_tokens, temperature, samples)
+    changes = changes_of(set_, option)
+    flags = {
+        "batch_size": batch_size,
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "samples": samples,
+        "num_beams": num_beams,
+        "repetition_penalty": repetition_penalty,
+        "no_repeat_ngram_size": no_repeat_ngram_size,
+    }
+    settings = _settings(recipe, changes, {**flags, "split": split}, seed)
+    decoding, split = settings.evaluation, settings.evaluation.split
+    if split == "none":
+        raise RecipeError('There is no split "none" to score.', "Use test or validation.")
+    spec = _task(task, recipe, data_dir, changes, size, split)
     names = [model] + ([against] if against else [])
-    asked = {"n": size, "k": samples, "t": temperature, "tokens": max_new_tokens, "seed": seed}
-    place = _slug(model, spec.name, split, against, option or [], asked)
+    asked = {"n": size, "seed": seed, **{SHORT[k]: v for k, v in flags.items() if k in SHORT}}
+    place = _slug(model, spec.name, split, against, [*(set_ or []), *(option or [])], asked)
     folder = Path(output) if output else Path("runs/evaluations") / place
-    seed = seed if seed is not None else recipe.seed if recipe else 0
+    seed = settings.seed
     results = _evaluate_all(names, spec, decoding, seed, head)
     test = results[0].compare(results[1]) if against else None
     reports = _write(folder, names, results, spec, decoding, seed, test)
@@ -89,51 +133,57 @@ def evaluate(
     _show(reports, test, names, folder)
 
 
+def _settings(
+    recipe: Recipe | None, changes: list[str], flags: dict[str, Any], seed: int | None
+) -> Recipe:
+    """Return a recipe that says how to score: the run's, the changes, then the flags.
+
+    Raises:
+        RecipeError: If a change is for training, or values do not go together.
+    """
+    from reftune.config.loader import change, from_dict
+
+    for text in changes:
+        key = text.partition("=")[0].strip()
+        if key.partition(".")[0] not in CHANGED:
+            raise RecipeError(
+                f'"{key}" is nothing that scoring reads.',
+                "Set keys of task, evaluation or seed; `reftune train` takes the others.",
+            )
+    if flags["split"] not in (None, "test", "validation"):
+        raise RecipeError(
+            f'There is no split "{flags["split"]}" to score.', "Use test or validation."
+        )
+    start = recipe or from_dict({"task": "families", "seed": 0})
+    start = replace(start, evaluation=replace(start.evaluation, split="test"))
+    wanted = {f"evaluation.{key}": value for key, value in flags.items()} | {"seed": seed}
+    given = [f"{key}={json.dumps(value)}" for key, value in wanted.items() if value is not None]
+    own = [text for text in changes if text.strip().partition(".")[0] != "task"]
+    return change(start, [*own, *given])
+
+
 def _task(
     task: str | None,
     recipe: Recipe | None,
     data_dir: str | None,
-    options: list[str],
+    changes: list[str],
     size: int | None,
     split: str,
 ) -> TaskSpec:
     """Return the task asked for, or the run's own with the changes asked for."""
     sizes = {f"{split}_size": size}
+    own = [text for text in changes if text.strip().startswith("task")]
     if task is not None:
-        return task_spec(task, data_dir, options, sizes)
+        return task_spec(task, data_dir, own, sizes)
     if recipe is None:
         raise RecipeError(
             "No task is given.", "Add --task NAME; `reftune methods --tasks` lists them."
         )
     from reftune.config.loader import change
 
-    spec = change(recipe, [f"task.{text}" for text in options]).task
+    spec = change(recipe, own).task
     more = {key: value for key, value in sizes.items() if value is not None}
     return replace(spec, **more, **({"data_dir": data_dir} if data_dir else {}))
-
-
-def _decoding(
-    recipe: Recipe | None,
-    split: str,
-    batch_size: int | None,
-    max_new_tokens: int | None,
-    temperature: float | None,
-    samples: int | None,
-) -> EvaluationSpec:
-    from reftune.config.recipe import EvaluationSpec
-
-    given = {
-        "batch_size": batch_size,
-        "max_new_tokens": max_new_tokens,
-        "temperature": temperature,
-        "samples": samples,
-    }
-    spec = recipe.evaluation if recipe else EvaluationSpec()
-    changes = {key: value for key, value in given.items() if value is not None}
-    spec = replace(spec, split=split, **changes)
-    if spec.samples > 1 and spec.temperature == 0:
-        raise RecipeError(f"{spec.samples} greedy answers are the same.", "Set --temperature 0.8.")
-    return spec
 
 
 def _evaluate_all(
@@ -234,18 +284,16 @@ def _write(
 def _show(reports: list[Any], test: Any, names: list[str], folder: Path) -> None:
     from reftune.report.tables import report_table
 
-    out().print(report_table(reports).to_rich())
+    print_table(report_table(reports))
     if test:
         share = f"{test.difference * 100:+.1f} points"
         ends = f"[{test.low * 100:+.1f}, {test.high * 100:+.1f}]"
-        out().print(
+        say(
             f"{names[0]} minus {names[1]}: {share} {ends}, p = {test.p_value:.2g} "
             f"({test.method}, {test.n} rows; only first right {test.only_a}, only second "
-            f"{test.only_b})",
-            markup=False,
-            soft_wrap=True,
+            f"{test.only_b})"
         )
-    out().print(f"Read answers: {folder / 'predictions.jsonl'}", markup=False)
+    say(f"Read answers: {folder / 'predictions.jsonl'}")
 
 
 def _slug(

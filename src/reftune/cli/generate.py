@@ -6,7 +6,15 @@ from typing import Annotated, Any
 
 import typer
 
-from reftune.cli.common import JsonFlag, note, out, print_json, progress, read_prompts
+from reftune.cli.common import (
+    JsonFlag,
+    note,
+    out,
+    print_json,
+    progress,
+    read_prompts,
+    say,
+)
 from reftune.cli.models import HeadOption, load_any, shape, trained_form
 from reftune.errors import RecipeError
 
@@ -125,18 +133,28 @@ def _filled(prompts: list[Any], template: str) -> list[Any]:
 
 
 def _show(rows: list[dict[str, Any]]) -> None:
-    """Print answers alone where there is one prompt, else prompt and answers."""
-    from rich.text import Text
+    """Print answers alone where there is one prompt, else prompt and answers.
 
-    console = out()
-    for row in rows:
+    An answer is printed as it is: no line break but its own, on a terminal and in a file.
+    """
+    for number, row in enumerate(rows):
+        if number:
+            print()
         if len(rows) > 1:
             shown = (
                 row["prompt"] if isinstance(row["prompt"], str) else row["prompt"][-1]["content"]
             )
-            console.print(Text(shown, style="dim"))
-        for text in row.get("base", []):
-            console.print(Text.assemble(("base     ", "dim"), text))
-        for text in row["texts"]:
-            label = [("adapter  ", "bold green")] if "base" in row else []
-            console.print(Text.assemble(*label, text.strip("\n")))
+            say(shown, "dim")
+        _show_answers(row.get("base", []), "base", "dim")
+        _show_answers(row["texts"], "adapter" if "base" in row else "", "bold green")
+
+
+def _show_answers(texts: list[str], name: str, style: str) -> None:
+    """Print the answers of one model; several stand apart, each under a line with its number."""
+    for number, text in enumerate(texts, 1):
+        if len(texts) > 1:
+            head = " ".join(part for part in ("---", name, f"{number} of {len(texts)}") if part)
+            say(head, "dim")
+        elif name:
+            out().print(f"{name:<9}", style=style, end="")
+        print(text.strip("\n"))

@@ -17,7 +17,7 @@ from reftune.errors import PositionError, ReftuneError, nearest
 ABOVE_ZERO = {
     "": ["threads"],
     "task": ["train_size", "validation_size", "test_size"],
-    "stage": ["epochs", "max_steps", "batch_size", "micro_batch_size"],
+    "stage": ["epochs", "max_steps", "batch_size", "micro_batch_size", "causal_budget"],
     "optimiser": ["lr", "eps"],
     "evaluation": ["batch_size", "max_new_tokens", "samples", "num_beams", "repetition_penalty"],
 }
@@ -178,8 +178,11 @@ def _optimiser(stage: StageSpec, key: str, checker: Checker) -> None:
 def _adapter(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None:
     adapter = stage.adapter
     method_key = join(key, "method")
-    if adapter.method == "full" and recipe.model.quantize != "none":
-        text = "quantised weights cannot be trained. Choose another method or `quantize: none`."
+    if adapter.method in ("full", "head_only") and recipe.model.quantize != "none":
+        text = (
+            "quantised weights cannot be trained, nor a head on them without an adapter. "
+            "Choose another method or `quantize: none`."
+        )
         checker.fault(method_key, text, ("model.quantize",))
     if adapter.method == "head_only" and recipe.model.head != "classification":
         text = "there is no head to train. Set `head: classification` under `model:`."

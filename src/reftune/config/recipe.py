@@ -23,8 +23,9 @@ class ModelSpec:
     Adapters always train in float32."""
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     """Attention kernel."""
-    quantize: Literal["none", "int8", "int4"] = "none"
-    """Load base weights quantised with bitsandbytes (extra `quant`)."""
+    quantize: Literal["none", "int8", "int4", "torchao_int8"] = "none"
+    """Load base weights quantised (extra `quant`): `int8` and `int4` (NF4) by bitsandbytes,
+    `torchao_int8` (weights alone) by torchao."""
     head: Literal["causal", "classification", "seq2seq"] = "causal"
     """Which head to load: language model, sequence classifier or encoder-decoder."""
     trust_remote_code: bool = False
@@ -143,6 +144,13 @@ class StageSpec:
     """Autocast precision of the forward pass; `auto` is bf16 where the base is bf16 on a GPU."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    causal: Literal["auto", "off", "recompute", "store"] = "auto"
+    """Tokens before the first edit are constants of a row: compute them once a step without
+    gradients (`recompute`) or once a run (`store`). Exact; `auto` takes what pays."""
+    causal_store: Literal["memory", "disk"] = "memory"
+    """Where `store` keeps constants: host memory, or the run folder (found again on resume)."""
+    causal_budget: float | None = None
+    """Most GiB of constants to keep; default half of the free memory or disk."""
     checkpoint_every: int = 0
     """Save a resumable checkpoint every n steps (0: at each epoch)."""
     evaluate_every: int = 0

@@ -6,6 +6,7 @@ from reftune.inference.choose import choose
 from reftune.inference.evaluate import Evaluation, evaluate
 from reftune.inference.generate import generate
 from reftune.inference.predictions import Prediction, compare, load_predictions, save_predictions
+from reftune.inference.prefix import PrefixCache, prefix_cache
 from reftune.inference.stats import PairedTest, mcnemar, over_seeds, wilson
 from reftune.inference.stream import stream
 
@@ -13,6 +14,7 @@ __all__ = [
     "Evaluation",
     "PairedTest",
     "Prediction",
+    "PrefixCache",
     "choose",
     "compare",
     "evaluate",
@@ -20,6 +22,7 @@ __all__ = [
     "load_predictions",
     "mcnemar",
     "over_seeds",
+    "prefix_cache",
     "save_predictions",
     "stream",
     "wilson",

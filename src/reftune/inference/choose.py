@@ -10,8 +10,8 @@ from reftune.errors import DataError, RecipeError
 from reftune.inference.edits import check_adapters, row_adapters, row_edits
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from jaxtyping import Float
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.prompts import Marks, Prompt, Row
@@ -232,9 +232,12 @@ def _check_lengths(
 
 
 def _scores(
-    row: Ask, logits: torch.Tensor, indices: Sequence[int], asks: Sequence[Ask]
+    row: Ask,
+    logits: Float[Tensor, "{len(row.answer)+1} vocab"],
+    indices: Sequence[int],
+    asks: Sequence[Ask],
 ) -> list[Score]:
-    """Return the scores of a row's answers from its logits `[len(row.answer) + 1, V]`."""
+    """Return the scores of a row's answers from the logits that predict them."""
     import torch
 
     shared, agrees = 0.0, True
@@ -250,8 +253,8 @@ def _scores(
 
 def _forward_causal(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Ask]
-) -> list[torch.Tensor]:
-    """Return fp32 logits `[len(head) + 1, V]` of each row: those that predict its answers."""
+) -> list[Float[Tensor, "_ vocab"]]:
+    """Return fp32 logits of each row: those that predict its answers, one more than it holds."""
     import torch
 
     from reftune.inference import prompts as rows_of
@@ -280,8 +283,8 @@ def _forward_causal(
 
 def _forward_seq2seq(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Ask]
-) -> list[torch.Tensor]:
-    """Return fp32 decoder logits `[len(head) + 1, V]` of each row."""
+) -> list[Float[Tensor, "_ vocab"]]:
+    """Return the same of a decoder."""
     import torch
 
     from reftune.inference import prompts as rows_of
@@ -308,7 +311,7 @@ def _call(
     batch: list[Ask],
     inputs: dict[str, Any],
     scope: Callable[[dict[str, Any]], Any],
-) -> torch.Tensor:
+) -> Float[Tensor, "rows width vocab"]:
     """Run one forward pass with each row's adapter, subject and subspace; return the logits."""
     # An encoder-decoder's answers go to the decoder; its interventions see the prompt alone.
     extra = row_edits(model, batch, inputs["attention_mask"])

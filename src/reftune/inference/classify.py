@@ -10,8 +10,8 @@ from reftune.errors import DataError, ModelError, RecipeError
 from reftune.inference.edits import check_adapters, row_adapters, row_edits
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from jaxtyping import Float
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 Text = str | tuple[str, str | None]
@@ -52,8 +52,8 @@ def class_logits(
     subspaces: Sequence[Sequence[int] | None] | None = None,
     max_len: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
-    """Return the class logits `[texts, classes]` in fp32 on the CPU.
+) -> Float[Tensor, "texts classes"]:
+    """Return the class logits in fp32 on the CPU.
 
     Texts longer than the model's context or `max_len` are cut, the longer of a pair first.
 
@@ -141,7 +141,7 @@ def logits_of(
     rows: Sequence[ClassRow],
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
-) -> torch.Tensor:
+) -> Float[Tensor, "texts classes"]:
     """Return the class logits of texts given in tokens; see `class_logits`."""
     import torch
 
@@ -150,7 +150,7 @@ def logits_of(
     if batch_size < 1:
         raise RecipeError(f"batch_size is {batch_size}.", "It must be at least 1.")
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids), reverse=True)
-    found: dict[int, torch.Tensor] = {}
+    found: dict[int, Float[Tensor, " classes"]] = {}
     with evaluating(model):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
@@ -163,7 +163,7 @@ def logits_of(
 
 def _forward(
     model: nn.Module, tokenizer: PreTrainedTokenizerBase, rows: Sequence[ClassRow]
-) -> torch.Tensor:
+) -> Float[Tensor, "rows classes"]:
     """Return the class logits of one batch."""
     from reftune.inference import prompts as rows_of
     from reftune.model import prompt_scope

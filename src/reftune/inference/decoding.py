@@ -13,6 +13,8 @@ from threading import Event
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
 from transformers import (
     GenerationConfig,
     LogitsProcessor,
@@ -115,12 +117,14 @@ class SeededSampler(LogitsProcessor):
     it shares a batch with (up to rounding in the model itself).
 
     Args:
-        uniforms: The numbers u, `[rows, steps]`, float64.
+        uniforms: The numbers u, float64.
         prompt_width: Width of the (padded) prompts.
         decoding: Temperature and truncation.
     """
 
-    def __init__(self, uniforms: torch.Tensor, prompt_width: int, decoding: Decoding) -> None:
+    def __init__(
+        self, uniforms: Float[Tensor, "rows steps"], prompt_width: int, decoding: Decoding
+    ) -> None:
         self.uniforms, self.prompt_width = uniforms, prompt_width
         self.warpers = LogitsProcessorList([TemperatureLogitsWarper(float(decoding.temperature))])
         if decoding.top_k:
@@ -128,8 +132,10 @@ class SeededSampler(LogitsProcessor):
         if decoding.top_p < 1:
             self.warpers.append(TopPLogitsWarper(float(decoding.top_p)))
 
-    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        """Return scores `[rows, vocabulary]` that leave only the drawn token."""
+    def __call__(
+        self, input_ids: Int[Tensor, "rows seq"], scores: Float[Tensor, "rows vocab"]
+    ) -> Float[Tensor, "rows vocab"]:
+        """Return scores that leave only the drawn token."""
         step = input_ids.shape[1] - self.prompt_width
         warped = self.warpers(input_ids, scores.float())
         precise = torch.float32 if warped.device.type == "mps" else torch.float64
@@ -145,7 +151,9 @@ class Cancelled(StoppingCriteria):
     def __init__(self, event: Event) -> None:
         self.event = event
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: Int[Tensor, "rows seq"], scores: Any, **kwargs: Any
+    ) -> Bool[Tensor, " rows"]:
         """Return one truth value a row."""
         return torch.full((len(input_ids),), self.event.is_set(), device=input_ids.device)
 
@@ -169,7 +177,9 @@ class StopTexts(StoppingCriteria):
         # Byte tokens: up to 4 a character; a few more that decode to nothing.
         self.window = 4 * max(len(stop) for stop in self.stops) + 8
 
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+    def __call__(
+        self, input_ids: Int[Tensor, "rows seq"], scores: Any, **kwargs: Any
+    ) -> Bool[Tensor, " rows"]:
         """Return one truth value a row."""
         start = max(self.prompt_width, input_ids.shape[1] - self.window)
         texts = [decode(self.tokenizer, ids) for ids in input_ids[:, start:].tolist()]
@@ -184,7 +194,7 @@ class TokenQueue(BaseStreamer):
         self.queue: SimpleQueue[int | None] = SimpleQueue()
         self.prompt_seen = False
 
-    def put(self, value: torch.Tensor) -> None:
+    def put(self, value: Int[Tensor, " ..."]) -> None:
         """Take what `generate` hands over: first the prompt, then token by token."""
         if self.prompt_seen:
             for token in value.flatten().tolist():
@@ -203,8 +213,10 @@ class TokenQueue(BaseStreamer):
         return iter(self.queue.get, None)
 
 
-def uniforms(seed: int, jobs: Sequence[tuple[int, int]], steps: int) -> torch.Tensor:
-    """Return random numbers `[jobs, steps]` fixed by seed, row and sample alone.
+def uniforms(
+    seed: int, jobs: Sequence[tuple[int, int]], steps: int
+) -> Float[Tensor, "jobs {steps}"]:
+    """Return random numbers fixed by seed, row and sample alone.
 
     Args:
         seed: Seed of the call.

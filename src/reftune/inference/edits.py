@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 from reftune.errors import AdapterError, DataError
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from jaxtyping import Int
+    from torch import Tensor, nn
 
 
 def adapters_of(model: nn.Module) -> list[str]:
@@ -73,7 +73,7 @@ class Edited(Protocol):
 
 
 def row_edits(
-    model: nn.Module, rows: Sequence[Edited], attention_mask: torch.Tensor
+    model: nn.Module, rows: Sequence[Edited], attention_mask: Int[Tensor, "rows width"]
 ) -> dict[str, Any]:
     """Return what each row tells its interventions, as keyword arguments of a model call.
 
@@ -82,7 +82,7 @@ def row_edits(
     Args:
         model: The model.
         rows: The rows of a batch.
-        attention_mask: Which of its columns are tokens, `[rows, width]`.
+        attention_mask: 1 at the columns that are tokens.
 
     Raises:
         DataError: If some rows have a subject and others none.

@@ -29,6 +29,7 @@ from reftune.inference.predictions import (
     save_predictions,
     show_prompt,
 )
+from reftune.inference.prefix import shared_prefix
 from reftune.inference.running import jobs_of
 
 if TYPE_CHECKING:
@@ -193,7 +194,10 @@ def _generated(run: _Run) -> list[Prediction]:
     rows = run.rows(decoding.max_new_tokens)
     jobs = jobs_of(run.model, rows, decoding, names, run.subspaces)
     progress = run.progress or False
-    answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, spec.batch_size, progress)
+    with rows_of.evaluating(run.model):
+        shared = shared_prefix(run.model, jobs, decoding.options)
+    batch = (spec.batch_size, progress, shared)
+    answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, *batch)
     return [
         Prediction(
             id=example.id,

@@ -6,17 +6,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from reftune.inference import prefix
 from reftune.inference.choose import choose
 from reftune.inference.edits import check_adapters
 from reftune.inference.running import Job, jobs_of, run
 from reftune.inference.stream import stream
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from jaxtyping import Int
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.decoding import Decoding
+    from reftune.inference.prefix import PrefixCache
     from reftune.inference.prompts import Marks, Prompt
 
 __all__ = ["choose", "generate", "stream"]
@@ -45,6 +47,7 @@ def generate(
     marks: Sequence[Marks | None] | None = None,
     stop: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    prefix_cache: PrefixCache | None = None,
     progress: Progress = False,
 ) -> list[list[str]]:
     """Answer prompts in batches; return the samples of each prompt, in the order given.
@@ -70,6 +73,8 @@ def generate(
         marks: Marked pieces of each prompt, for the position rule `mask`.
         stop: Texts that end an answer; they are cut off.
         options: Further fields of GenerationConfig (`num_beams`, `repetition_penalty` ...).
+        prefix_cache: From `prefix_cache`: what all prompts begin with, computed once for all
+            adapters.
         progress: True for a bar, or a function of (answers done, answers in all).
 
     Raises:
@@ -86,7 +91,9 @@ def generate(
     seq2seq = rows_of.is_seq2seq(model)
     rows = rows_of.encode_prompts(tokenizer, prompts, seq2seq, subjects, marks)
     jobs = jobs_of(model, rows, decoding, names, subspaces)
-    return answer_jobs(model, tokenizer, jobs, decoding, batch_size, progress)
+    if prefix_cache is not None:
+        prefix.check(model, prefix_cache, jobs, decoding.options)
+    return answer_jobs(model, tokenizer, jobs, decoding, batch_size, progress, prefix_cache)
 
 
 def answer_jobs(
@@ -96,6 +103,7 @@ def answer_jobs(
     decoding: Decoding,
     batch_size: int = 32,
     progress: Progress = False,
+    shared: PrefixCache | None = None,
 ) -> list[list[str]]:
     """Return the samples of each prompt; what `generate` and `evaluate` stand on.
 
@@ -106,6 +114,7 @@ def answer_jobs(
         decoding: How they are produced.
         batch_size: Answers produced together.
         progress: See `generate`.
+        shared: What all prompts begin with.
     """
     from reftune.inference import prompts as rows_of
 
@@ -115,7 +124,7 @@ def answer_jobs(
     with rows_of.evaluating(model), _Reporting(progress, len(jobs)) as report:
         while waiting:
             batch = waiting.pop()
-            texts = _try_batch(model, tokenizer, batch, decoding)
+            texts = _try_batch(model, tokenizer, batch, decoding, shared)
             if texts is None:
                 half = (len(batch) + 1) // 2
                 log.warning("%d rows do not fit in memory, trying %d", len(batch), half)
@@ -144,13 +153,17 @@ def _batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
 
 
 def _try_batch(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Job], decoding: Decoding
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Job],
+    decoding: Decoding,
+    shared: PrefixCache | None,
 ) -> list[str] | None:
     """Return the answers of a batch, or None if it ran out of GPU memory and can be halved."""
     import torch
 
     try:
-        sequences = run(model, tokenizer, batch, decoding)
+        sequences = run(model, tokenizer, batch, decoding, shared=shared)
     except torch.OutOfMemoryError:
         if len(batch) == 1:
             raise
@@ -163,7 +176,7 @@ def _try_batch(
 def _texts(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
-    sequences: torch.Tensor,
+    sequences: Int[Tensor, "rows steps"],
     decoding: Decoding,
 ) -> list[str]:
     """Return the answers without end tokens, padding and stop texts."""

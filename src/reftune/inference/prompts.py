@@ -13,7 +13,8 @@ from reftune.errors import DataError, ModelError
 
 if TYPE_CHECKING:
     import torch
-    from torch import nn
+    from jaxtyping import Int
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
@@ -71,12 +72,12 @@ class Batch:
     """Rows padded to one width.
 
     Attributes:
-        input_ids: Token ids `[rows, width]`.
-        attention_mask: 1 for tokens, 0 for padding, `[rows, width]`.
+        input_ids: Token ids.
+        attention_mask: 1 for tokens, 0 for padding.
     """
 
-    input_ids: torch.Tensor
-    attention_mask: torch.Tensor
+    input_ids: Int[Tensor, "rows width"]
+    attention_mask: Int[Tensor, "rows width"]
 
 
 def encode_prompts(

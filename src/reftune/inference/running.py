@@ -7,14 +7,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from reftune.inference import prefix
 from reftune.inference.edits import row_adapters, row_edits
 
 if TYPE_CHECKING:
-    import torch
-    from torch import nn
+    from jaxtyping import Int
+    from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.decoding import Decoding
+    from reftune.inference.prefix import PrefixCache
     from reftune.inference.prompts import Row
 
 log = logging.getLogger(__name__)
@@ -77,9 +79,20 @@ def run(
     batch: list[Job],
     decoding: Decoding,
     criteria: Sequence[Any] | None = None,
+    shared: PrefixCache | None = None,
     **extra: Any,
-) -> torch.Tensor:
-    """Run transformers' generate; return the new tokens `[rows, steps]`."""
+) -> Int[Tensor, "rows steps"]:
+    """Run transformers' generate; return the new tokens.
+
+    Args:
+        model: The model.
+        tokenizer: Its tokenizer.
+        batch: The answers to produce.
+        decoding: How they are produced.
+        criteria: Further reasons to stop.
+        shared: Keys and values of what all prompts begin with.
+        **extra: Further arguments of `generate`.
+    """
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     from reftune.inference import decoding as choosing
@@ -87,7 +100,14 @@ def run(
 
     seq2seq = rows_of.is_seq2seq(model)
     rows = [job.ids for job in batch]
-    padded = rows_of.pad(rows, rows_of.pad_id(tokenizer), rows_of.device_of(model))
+    pad_id, device = rows_of.pad_id(tokenizer), rows_of.device_of(model)
+    if shared is not None and len({len(row) for row in rows}) > 1 and prefix.has_window(model):
+        shared = None
+    if shared is None:
+        padded = rows_of.pad(rows, pad_id, device)
+    else:
+        padded = prefix.pad_behind(rows, shared, pad_id, device)
+        extra["past_key_values"] = shared.cache(len(rows))
     width = 1 if seq2seq else padded.input_ids.shape[1]
     processors = LogitsProcessorList()
     if decoding.sampled:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, ClassVar, Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -31,12 +32,12 @@ class Edit:
     """What an intervention answers.
 
     Attributes:
-        delta: Change to add, `[n, d]`, in the dtype of the computation (fp32 or wider).
-        gate: Optional gate values, `[n, g]`, which some objectives read.
+        delta: Change to add, in the dtype of the computation (fp32 or wider).
+        gate: Optional gate values, which some objectives read.
     """
 
-    delta: Tensor
-    gate: Tensor | None = None
+    delta: Float[Tensor, "sites dim"]
+    gate: Float[Tensor, "sites gates"] | None = None
 
 
 @dataclass(frozen=True)
@@ -110,23 +111,27 @@ class Intervention(nn.Module):
         """Initialise the parameters in place, as `config.init` says."""
         raise NotImplementedError
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
         """Compute the change.
 
         Args:
-            h: Hidden states `[n, d]`, fp32 (fp64 on a fp64 model).
-            select: Boolean `[n, r]`, the dimensions of the subspace that act on each row.
+            h: Hidden states of the edited tokens, fp32 (fp64 on a fp64 model).
+            select: The dimensions of the subspace that act on each row; None: all.
         """
         raise NotImplementedError
 
-    def forward(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute the change with dropout. `h` is `[n, d]`; see `edit`."""
+    def forward(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute the change with dropout; see `edit`."""
         if select is not None and not self.subspaces:
             raise AdapterError(
                 f"{type(self).__name__} has no subspace dimensions to select.",
                 "Remove the subspace column or use loreft.",
             )
-        edit = self.edit(h, select)
+        edit = self._edit_apart(h, select)
         rate = self.config.dropout
         if self.training and rate > 0:
             if self.config.dropout_on == "output":
@@ -135,8 +140,28 @@ class Intervention(nn.Module):
                 edit.delta = F.dropout(edit.delta, rate)
         return edit
 
-    def as_affine(self) -> tuple[Tensor, Tensor] | None:
-        """Return (scale `[d]`, shift `[d]`) when the edit is h' = scale * h + shift, else None."""
+    def _edit_apart(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None
+    ) -> Edit:
+        """Edit the rows of each subspace by themselves while gradients are taken.
+
+        Orthonormal rows depend on each other; in one go the loss of a row would move dimensions
+        that other rows of the batch selected.
+        """
+        if select is None or not torch.is_grad_enabled():
+            return self.edit(h, select)
+        kinds, kind = select.unique(dim=0, return_inverse=True)
+        if len(kinds) < 2:
+            return self.edit(h, select)
+        rows = [(kind == number).nonzero()[:, 0] for number in range(len(kinds))]
+        parts = [self.edit(h[where], select[where]) for where in rows]
+        back = torch.cat(rows).argsort()
+        gates = [part.gate for part in parts if part.gate is not None]
+        delta = torch.cat([part.delta for part in parts])[back]
+        return Edit(delta, torch.cat(gates)[back] if gates else None)
+
+    def as_affine(self) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]] | None:
+        """Return (scale, shift) when the edit is h' = scale * h + shift, else None."""
         return None
 
     @classmethod
@@ -158,24 +183,27 @@ class Intervention(nn.Module):
         return config
 
 
-def linear_parameter(rank: int, dim: int) -> nn.Parameter:
-    """Return an empty fp32 weight `[rank, dim]`."""
+def linear_parameter(rank: int, dim: int) -> Float[nn.Parameter, "{rank} {dim}"]:
+    """Return an empty fp32 weight."""
     return nn.Parameter(torch.empty(rank, dim, dtype=torch.float32))
 
 
-def reset_linear_(weight: Tensor, bias: Tensor | None = None) -> None:
-    """Initialise like `nn.Linear`: uniform in +-1/sqrt(d) for weight `[r, d]` and bias `[r]`."""
+def reset_linear_(
+    weight: Float[Tensor, "rank dim"], bias: Float[Tensor, " rank"] | None = None
+) -> None:
+    """Initialise like `nn.Linear`: uniform in +-1/sqrt(dim) for weight and bias."""
     bound = weight.shape[1] ** -0.5
     nn.init.uniform_(weight, -bound, bound)
     if bias is not None:
         nn.init.uniform_(bias, -bound, bound)
 
 
-def orthonormal_rows(free: Tensor) -> Tensor:
-    """Map a free matrix `[r, d]` to one with orthonormal rows by QR with fixed signs.
+def orthonormal_rows(free: Float[Tensor, "rank dim"]) -> Float[Tensor, "rank dim"]:
+    """Map a free matrix to one with orthonormal rows by QR with fixed signs.
 
     With freeᵀ = Q T, T upper triangular: R = (Q sign(diag T))ᵀ, so that R Rᵀ = I and matrices
-    whose rows are orthonormal already are returned unchanged. Differentiable for full rank, r <= d.
+    whose rows are orthonormal already are returned unchanged. Differentiable for full rank, and
+    rank <= dim.
     """
     free = free.to(torch.promote_types(free.dtype, torch.float32))  # QR knows no half precision
     q, t = torch.linalg.qr(free.T)
@@ -201,13 +229,15 @@ class Orthonormal:
     def _make_rotation(self, rank: int, dim: int) -> None:
         self.reft_rotation = linear_parameter(rank, dim)
         self.reft_rotation._no_decay = True
-        self._rotation_cache: tuple[tuple, Tensor] | None = None
+        self._rotation_cache: tuple[tuple, Float[Tensor, "rank dim"]] | None = None
 
     def _reset_rotation(self) -> None:
         nn.init.orthogonal_(self.reft_rotation, gain=FREE_SCALE)
 
-    def rotation(self, select: Tensor | None = None) -> Tensor:
-        """Return R `[r, d]`. With `select` `[n, r]` only selected rows receive gradient."""
+    def rotation(
+        self, select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Float[Tensor, "rank dim"]:
+        """Return R. With `select` only the rows it selects anywhere receive gradient."""
         free = self.reft_rotation
         if torch.is_grad_enabled() and free.requires_grad:
             if select is not None:
@@ -237,6 +267,8 @@ class Orthonormal:
         self.reft_rotation._no_decay = True  # copies of a parameter lose its attributes
 
 
-def masked(low: Tensor, select: Tensor | None) -> Tensor:
-    """Zero the dimensions of `low` `[n, r]` that `select` `[n, r]` leaves out."""
+def masked(
+    low: Float[Tensor, "sites rank"], select: Bool[Tensor, "sites rank"] | None
+) -> Float[Tensor, "sites rank"]:
+    """Zero the dimensions of `low` that `select` leaves out."""
     return low if select is None else low * select.to(low.dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from reftune.errors import AdapterError
@@ -34,8 +35,10 @@ class Consreft(Lobireft):
                 'Use init "paper", or loreft, which can start at the identity.',
             )
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute Rᵀ(b − R h) for h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute Rᵀ(b − R h)."""
         rotation = self.rotation(select).to(h.dtype)
         low = self.reft_bias.to(h.dtype) - h @ rotation.T
         return Edit(masked(low, select) @ rotation)

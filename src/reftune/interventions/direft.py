@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reftune.interventions.base import (
@@ -63,8 +64,10 @@ class Direft(Intervention):
         else:
             self.reft_projection.zero_()
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute W2ᵀ σ(W1 h + b) for h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute W2ᵀ σ(W1 h + b)."""
         low = nn.functional.linear(h, self.reft_weight.to(h.dtype), self.reft_bias.to(h.dtype))
         low = masked(ACTIVATIONS[self.config.activation](low), select)
         return Edit(low @ self.reft_projection.to(h.dtype))

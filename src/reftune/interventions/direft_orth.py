@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -43,8 +44,10 @@ class DireftOrth(Loreft):
         if self.config.init == "identity":
             nn.init.zeros_(self.reft_weight)
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute Rᵀ σ(W h + b) for h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute Rᵀ σ(W h + b)."""
         low = F.linear(h, self.reft_weight.to(h.dtype), self.reft_bias.to(h.dtype))
         low = masked(ACTIVATIONS[self.config.activation](low), select)
         return Edit(low @ self.rotation(select).to(h.dtype))

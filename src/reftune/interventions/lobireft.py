@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reftune.interventions.base import Edit, Intervention, LowRankConfig, Orthonormal, masked
@@ -35,12 +36,14 @@ class Lobireft(Orthonormal, Intervention):
         else:
             nn.init.uniform_(self.reft_bias)
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute Rᵀ b for every row of h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute Rᵀ b for every row of h."""
         low = self.reft_bias.to(h.dtype).expand(h.shape[0], -1)
         return Edit(masked(low, select) @ self.rotation(select).to(h.dtype))
 
-    def as_affine(self) -> tuple[Tensor, Tensor]:
+    def as_affine(self) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
         """Return (1, Rᵀ b): the edit is a constant shift."""
         with torch.no_grad():
             shift = self.reft_bias @ self.rotation()

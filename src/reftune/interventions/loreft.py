@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError
@@ -73,12 +74,14 @@ class Loreft(Orthonormal, Intervention):
         else:
             reset_linear_(self.reft_weight, self.reft_bias)
 
-    def weight(self, h: Tensor) -> Tensor | None:
-        """Return weights `[n, r]` of the dimensions, or None for 1. Subclasses override it."""
+    def weight(self, h: Float[Tensor, "sites dim"]) -> Float[Tensor, "sites rank"] | None:
+        """Return weights of the dimensions, or None for 1. Subclasses override it."""
         return None
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute Rᵀ(σ(W h + b) − R h) for h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute Rᵀ(σ(W h + b) − R h)."""
         rotation = self.rotation(select).to(h.dtype)
         weight, bias = self.reft_weight.to(h.dtype), self.reft_bias.to(h.dtype)
         if self.config.activation == "none":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,8 +31,10 @@ class Noreft(Direft):
         if self.config.init == "identity" and self.config.activation == "none":
             self.reft_weight.copy_(self.reft_projection)
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute W2ᵀ(σ(W1 h + b) − W2 h) for h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute W2ᵀ(σ(W1 h + b) − W2 h)."""
         projection = self.reft_projection.to(h.dtype)
         source = F.linear(h, self.reft_weight.to(h.dtype), self.reft_bias.to(h.dtype))
         low = ACTIVATIONS[self.config.activation](source) - h @ projection.T

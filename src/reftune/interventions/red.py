@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reftune.interventions.base import Edit, Intervention, InterventionConfig
@@ -44,14 +45,16 @@ class Red(Intervention):
             self.reft_scale.fill_(1.0)
         self.reft_bias.zero_()
 
-    def edit(self, h: Tensor, select: Tensor | None = None) -> Edit:
-        """Compute (s − 1) ⊙ h + b for h `[n, d]`."""
+    def edit(
+        self, h: Float[Tensor, "sites dim"], select: Bool[Tensor, "sites rank"] | None = None
+    ) -> Edit:
+        """Compute (s − 1) ⊙ h + b."""
         bias = self.reft_bias.to(h.dtype)
         if not self.config.train_scale:
             return Edit(bias.expand_as(h))
         return Edit(torch.addcmul(bias, self.reft_scale.to(h.dtype) - 1, h))
 
-    def as_affine(self) -> tuple[Tensor, Tensor]:
+    def as_affine(self) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
         """Return (s, b)."""
         shift = self.reft_bias.detach().clone()
         scale = (

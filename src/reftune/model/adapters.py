@@ -31,6 +31,7 @@ from reftune.model.lookup import (
     sites,
 )
 from reftune.model.positions import SHORT, PositionRule
+from reftune.model.quantised import check_backward, settle
 from reftune.model.site import (
     CHILD,
     ReplayedCall,
@@ -228,6 +229,7 @@ def attach(
     for p in model.parameters():
         p.requires_grad_(False)
     use(model, name)
+    check_backward(model, strict=False)
     return Handle(model, name, [target.name for target in targets])
 
 
@@ -286,6 +288,7 @@ def prepare(model: nn.Module, blocks: Blocks) -> Call:
     paired = bool(getattr(base.config, "is_encoder_decoder", False))
     has_head = getattr(base, "get_output_embeddings", lambda: None)() is not None
     call = Call(blocks.is_encoder, has_head and not blocks.is_encoder, paired)
+    settle(base)
     setattr(blocks.stack, CALL, call)
     base.__dict__.setdefault(CALLS, []).append(call)
     _keep(blocks.stack, blocks.stack.register_forward_pre_hook(_stack_pre_hook, with_kwargs=True))

@@ -16,8 +16,10 @@ from torch import nn
 from reftune.config.options import LoraOptions
 from reftune.config.recipe import AdapterSpec, ModelSpec
 from reftune.errors import AdapterError, ModelError, nearest
+from reftune.model import quantised
 from reftune.model.names import is_embedded
 from reftune.model.record import SPEC, task_of
+from reftune.model.sites import base_of
 
 QUERY_AND_VALUE = ("q_proj", "v_proj")
 HEAD_NAMES = ("score", "classifier", "lm_head", "embed_out")
@@ -63,7 +65,10 @@ def load_base(
     if spec.attention != "auto":
         kwargs["attn_implementation"] = spec.attention
     if spec.quantize != "none":
-        kwargs["quantization_config"] = _quantization(spec.quantize)
+        if not _is_stored_so(spec, place):
+            kwargs["quantization_config"] = quantised.quantisation_config(
+                spec.quantize, kwargs["dtype"]
+            )
         kwargs["device_map"] = {"": device}  # quantised weights cannot be moved later
     if num_labels is not None:
         kwargs["num_labels"] = num_labels
@@ -81,6 +86,21 @@ def load_base(
             f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
             "Give nano, a folder with config.json and weights, or a hub name (needs the network).",
         ) from error
+    except ImportError as error:
+        raise ModelError(
+            f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
+            f"Install what it needs; for quantised weights: {quantised.INSTALL}",
+        ) from error
+    except RuntimeError as error:
+        if spec.quantize == "none" or isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise ModelError(
+            f'The model "{spec.name}" could not be quantised to {spec.quantize} on '
+            f"{device.type}: {_first_line(error)}",
+            f"Choose another model.quantize or device, or newer libraries: {quantised.INSTALL}",
+        ) from error
+    quantised.settle(model)
+    quantised.check_kernels(model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if model.config.pad_token_id is None:
@@ -141,19 +161,28 @@ def _auto_class(spec: ModelSpec, num_labels: int | None) -> Any:
     return transformers.AutoModelForCausalLM
 
 
-def _quantization(kind: str) -> Any:
-    from transformers import BitsAndBytesConfig
+def _is_stored_so(spec: ModelSpec, place: str) -> bool:
+    """Return whether weights are quantised in the checkpoint already, in the way asked for.
+
+    Raises:
+        ModelError: If they are quantised in another way: that cannot be changed.
+    """
+    from transformers import AutoConfig
 
     try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
+        config = AutoConfig.from_pretrained(
+            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
+    except (OSError, ValueError, KeyError):
+        return False  # loading says what is wrong
+    stored = quantised.kind_of(getattr(config, "quantization_config", None))
+    if stored not in ("none", spec.quantize):
         raise ModelError(
-            f'quantize is "{kind}" but bitsandbytes is not installed.',
-            "pip install 'reftune[quant]'",
-        ) from error
-    if kind == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.bfloat16)
+            f'The weights of "{spec.name}" are stored quantised ({stored}); quantize is '
+            f'"{spec.quantize}".',
+            "Use quantize: none: they are loaded as they are stored.",
+        )
+    return stored != "none"
 
 
 def _first_line(error: BaseException) -> str:
@@ -172,6 +201,8 @@ def apply_adapter(model: nn.Module, spec: AdapterSpec, seed: int = 42) -> nn.Mod
         A PeftModel for interventions and `lora`; the model itself for `full` and `head_only`.
     """
     torch.manual_seed(seed)
+    quantised.settle(model)
+    quantised.check_trainable(base_of(model), spec.method)
     model.requires_grad_(False)
     if spec.method == "lora":
         return _lora(model, spec)
@@ -205,6 +236,7 @@ def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
 
     if spec.strength != 1.0:
         raise AdapterError(f"lora has no strength (it is {spec.strength}).", "Change its alpha.")
+    quantised.check_backward(model)
     if spec.name in getattr(model, "peft_config", {}):
         raise AdapterError(f'The adapter "{spec.name}" exists already.', "Choose another name.")
     known = {item.name for item in fields(LoraOptions)}
@@ -258,4 +290,4 @@ def trainable_summary(model: nn.Module) -> Summary:
     """Count trained and all parameters; a shared tensor counts once."""
     seen: dict[int, nn.Parameter] = {id(p): p for p in model.parameters()}
     trained = sum(p.numel() for p in seen.values() if p.requires_grad)
-    return Summary(trained, sum(p.numel() for p in seen.values()))
+    return Summary(trained, sum(quantised.count(p) for p in seen.values()))

@@ -13,10 +13,19 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Int, Real, Shaped
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError, PositionError
 from reftune.model.positions import TIED, PositionRule, Tokens, row_index
+from reftune.model.refusals import (
+    as_mask,
+    column,
+    refuse_hidden_state,
+    refuse_packed_with_mask,
+    refuse_unreadable_mask,
+    repeats,
+)
 
 EXTRA_INPUTS = ("intervention_mask", "prompt_lens", "subject_positions", "subspaces")
 """Keyword arguments of a model call that belong to interventions and never reach the model."""
@@ -42,24 +51,24 @@ class Scope:
     """A generation: the prompt columns are known, everything after them is generated.
 
     Attributes:
-        prompt_mask: Real prompt tokens `[B, P]`.
-        mask: Explicit edit columns over the prompt, `[B, P]`, or None.
-        subject: Place of the subject per row, `[B]`, or None.
+        prompt_mask: True at the prompt's real tokens.
+        mask: Explicit edit columns over the prompt, or None.
+        subject: Place of the subject's last token in each row, or None.
     """
 
-    prompt_mask: Tensor
-    mask: Tensor | None = None
-    subject: Tensor | None = None
+    prompt_mask: Bool[Tensor, "batch prompt"]
+    mask: Bool[Tensor, "batch prompt"] | None = None
+    subject: Int[Tensor, " batch"] | None = None
 
 
 @dataclass
 class Inputs:
     """What the caller said beside the model's own inputs."""
 
-    labels: Tensor | None = None
-    prompt_lens: Tensor | None = None
-    mask: Tensor | None = None
-    subject: Tensor | None = None
+    labels: Real[Tensor, "batch ..."] | None = None
+    prompt_lens: Int[Tensor, " batch"] | None = None
+    mask: Bool[Tensor, "batch columns"] | None = None
+    subject: Int[Tensor, " batch"] | None = None
     subspaces: Any = None
 
     def filled(self, other: Inputs | None) -> Inputs:
@@ -89,7 +98,9 @@ class Snapshot:
     scope_width: int | None = None
     unknown: str | None = None
     inputs: set[tuple] = field(default_factory=set)
-    places: dict[tuple, tuple[Tensor | None, dict]] = field(default_factory=dict)
+    places: dict[tuple, tuple[Int[Tensor, "batch columns"] | None, dict]] = field(
+        default_factory=dict
+    )
 
 
 class Call:
@@ -185,25 +196,32 @@ class Call:
         attention = bound.get("attention_mask")
         valid = attention if isinstance(attention, Tensor) and attention.dim() == 2 else None
         if self.scope is not None and not self.is_encoder and not self.paired:
+            refuse_hidden_state(now.width, now.scope_width, bound.get("past_key_values"))
             return self._in_scope(batch, width, past, device)
         if valid is None:
             segments = self._packed(bound.get("position_ids"), inputs)
             if segments is not None:
                 return segments
+            refuse_unreadable_mask(
+                attention, [rules.current(now.training) for rules in self.rules.values()]
+            )
             valid = torch.ones(batch, past + width, dtype=torch.bool, device=device)
         valid = valid.bool()
+        if not past and not self.is_encoder:
+            refuse_packed_with_mask(bound.get("position_ids"), valid)
         place = (valid.long().cumsum(1) - 1)[:, past : past + width]
         prompt = self._prompt_len(inputs, valid)
-        mask = _as_mask(inputs.mask, batch, width, device)
-        subject = None if inputs.subject is None else inputs.subject.to(device).reshape(batch, 1)
+        mask = as_mask(inputs.mask, batch, width, device)
+        subject = None if inputs.subject is None else column(inputs.subject, batch, "subject")
+        subject = None if subject is None else subject.to(device)
         return Tokens(place, valid[:, past : past + width], prompt, mask, subject)
 
     def _in_scope(self, batch: int, width: int, past: int, device: torch.device) -> Tokens:
         """Describe columns of a generation, also for beams, chunked prefill and no cache."""
         scope = self.scope
         assert scope is not None
-        repeats = max(1, batch // scope.prompt_mask.shape[0])
-        prompt = scope.prompt_mask.to(device).repeat_interleave(repeats, 0)
+        times = max(1, batch // scope.prompt_mask.shape[0])
+        prompt = scope.prompt_mask.to(device).repeat_interleave(times, 0)
         columns = prompt.shape[1]
         length = prompt.sum(1, keepdim=True)
         valid = torch.ones(batch, max(past + width, columns), dtype=torch.bool, device=device)
@@ -212,15 +230,15 @@ class Call:
         mask = None
         if scope.mask is not None:
             mask = torch.zeros_like(valid)
-            mask[:, :columns] = scope.mask.to(device).bool().repeat_interleave(repeats, 0)
+            mask[:, :columns] = scope.mask.to(device).bool().repeat_interleave(times, 0)
             mask = mask[:, past : past + width]
         subject = scope.subject
         if subject is not None:
-            subject = subject.to(device).repeat_interleave(repeats, 0).reshape(batch, 1)
+            subject = subject.to(device).repeat_interleave(times, 0).reshape(batch, 1)
         window = slice(past, past + width)
         return Tokens(place[:, window], valid[:, window], length, mask, subject)
 
-    def _packed(self, position_ids: Tensor | None, inputs: Inputs) -> Tokens | None:
+    def _packed(self, position_ids: Int[Tensor, " ..."] | None, inputs: Inputs) -> Tokens | None:
         """Describe packed rows: positions restart at 0 inside a row."""
         now = self.now
         if position_ids is None or now.past or position_ids.dim() != 2 or self.is_encoder:
@@ -228,6 +246,12 @@ class Call:
         starts = position_ids == 0
         if position_ids.shape != (now.batch, now.width) or not bool(starts[:, 1:].any()):
             return None
+        if inputs.prompt_lens is not None:
+            raise PositionError(
+                "prompt_lens gives one number a row, but rows hold several sequences: position_ids "
+                "start again inside them.",
+                "Pass labels= instead; each sequence's prompt then ends at its first label.",
+            )
         segment = starts.long().cumsum(1)
         valid = torch.ones_like(starts)
         segments = int(segment.max())
@@ -239,17 +263,19 @@ class Call:
             length = length.scatter_reduce(1, segment, place, "amin")
         elif now.training and self.needs_labels and inputs.mask is None:
             now.unknown = "a packed row without labels"
-        mask = _as_mask(inputs.mask, now.batch, now.width, starts.device)
+        mask = as_mask(inputs.mask, now.batch, now.width, starts.device)
         return Tokens(position_ids, valid, length.gather(1, segment), mask, segments=segments)
 
-    def _prompt_len(self, inputs: Inputs, valid: Tensor) -> Tensor:
-        """Return the prompt's length `[B, 1]`, or note that it is not known."""
+    def _prompt_len(
+        self, inputs: Inputs, valid: Bool[Tensor, "batch seq"]
+    ) -> Int[Tensor, "batch 1"]:
+        """Return the prompt's length, or note that it is not known."""
         now = self.now
         total = valid.sum(1, keepdim=True)
         if self.paired and not self.is_encoder:
             return torch.ones_like(total)
         if inputs.prompt_lens is not None:
-            return inputs.prompt_lens.to(total.device).reshape(now.batch, 1)
+            return column(inputs.prompt_lens, now.batch, "prompt_lens").to(total.device)
         if self.is_encoder:
             return total
         labels = inputs.labels
@@ -275,12 +301,15 @@ class Call:
 
     # Questions of the sites
 
-    def place(self, keys: tuple[tuple[str, str], ...]) -> tuple[Tensor | None, dict]:
-        """Return gather columns and weights for the (adapter, group) pairs of a site.
+    def place(
+        self, keys: tuple[tuple[str, str], ...]
+    ) -> tuple[
+        Int[Tensor, "batch columns"] | None,
+        dict[tuple[str, str], Bool[Tensor, "batch columns 1"]],
+    ]:
+        """Return which columns a site gathers, and which of them each (adapter, group) pair edits.
 
-        Returns:
-            (index, weights): index `[B, K]` or None for all columns; weights maps each pair to
-            `[B, K, 1]` booleans, or to None when every column is edited.
+        No columns means all of them; the masks of the pairs then have one entry a new token.
         """
         now = self.now
         found = now.places.get(keys)
@@ -290,7 +319,10 @@ class Call:
 
     def _place(
         self, now: Snapshot, keys: tuple[tuple[str, str], ...]
-    ) -> tuple[Tensor | None, dict]:
+    ) -> tuple[
+        Int[Tensor, "batch columns"] | None,
+        dict[tuple[str, str], Bool[Tensor, "batch columns 1"]],
+    ]:
         assert now.tokens is not None
         masks, bound = {}, 0
         for name, group in keys:
@@ -310,19 +342,28 @@ class Call:
             masks = {key: mask.gather(1, index) for key, mask in masks.items()}
         return index, {key: mask[..., None] for key, mask in masks.items()}
 
-    def _rows_of(self, name: str, mask: Tensor) -> Tensor:
+    def _rows_of(
+        self, name: str, mask: Bool[Tensor, "batch new_tokens"]
+    ) -> Bool[Tensor, "batch 1"]:
         rows = self.now.rows
         assert rows is not None
-        repeats = _repeats(mask.shape[0], len(rows), "adapter names")
+        if self.scope is None and mask.shape[0] != len(rows):
+            raise AdapterError(
+                f"{len(rows)} adapter names were given for {mask.shape[0]} rows.",
+                "Give one per row.",  # only a generation repeats its rows (beams)
+            )
+        times = repeats(mask.shape[0], len(rows), "adapter names")
         mine = torch.tensor([row == name for row in rows], device=mask.device)
-        return mine.repeat_interleave(repeats)[:, None]
+        return mine.repeat_interleave(times)[:, None]
 
-    def subspace_mask(self, rank: int, batch: int, device: torch.device) -> Tensor | None:
-        """Return `[B, rank]`, True where a dimension acts, or None when all do."""
+    def subspace_mask(
+        self, rank: int, batch: int, device: torch.device
+    ) -> Bool[Tensor, "{batch} {rank}"] | None:
+        """Return True where a dimension acts on a row, or None when all do."""
         chosen = self.now.subspaces
         if chosen is None:
             return None
-        repeats = _repeats(batch, len(chosen), "subspace rows")
+        times = repeats(batch, len(chosen), "subspace rows")
         mask = torch.zeros(len(chosen), rank, dtype=torch.bool, device=device)
         for row, dims in enumerate(chosen):
             dims = range(rank) if dims is None else dims
@@ -333,15 +374,15 @@ class Call:
                         f"Use dimensions from 0 to {rank - 1}.",
                     )
                 mask[row, dim] = True
-        return mask.repeat_interleave(repeats, 0)
+        return mask.repeat_interleave(times, 0)
 
     # Recomputation under gradient checkpointing
 
-    def remember(self, x: Tensor) -> None:
+    def remember(self, x: Shaped[Tensor, "*tokens dim"]) -> None:
         """Note that a block ran on `x` in this pass."""
         self.now.inputs.add((x.data_ptr(), tuple(x.shape)))
 
-    def recall(self, x: Tensor) -> None:
+    def recall(self, x: Shaped[Tensor, "*tokens dim"]) -> None:
         """Restore the description of the last pass in which a block ran on `x`.
 
         A checkpoint keeps the block's input alive, so its address still names it in the backward
@@ -352,6 +393,12 @@ class Call:
             if key in seen.inputs:
                 self.now = seen
                 return
+        if len(self.passes) == MAX_PASSES:
+            raise AdapterError(
+                f"A block is recomputed that ran more than {MAX_PASSES} forward passes ago; what "
+                "its edits were is no longer known.",
+                f"Run backward after at most {MAX_PASSES} forward passes under checkpointing.",
+            )
 
     def open(self, scope: Scope) -> Scope | None:
         """Enter a generation; returns the scope that was open before."""
@@ -363,24 +410,6 @@ def _past_length(cache: Any) -> int:
     if cache is None:
         return 0
     return int(cache.get_seq_length()) if hasattr(cache, "get_seq_length") else 0
-
-
-def _as_mask(mask: Tensor | None, batch: int, width: int, device: torch.device) -> Tensor | None:
-    if mask is None:
-        return None
-    if tuple(mask.shape) != (batch, width):
-        raise PositionError(
-            f"intervention_mask has shape {tuple(mask.shape)}, the tokens {(batch, width)}.",
-            "Give one boolean per token.",
-        )
-    return mask.to(device).bool()
-
-
-def _repeats(batch: int, given: int, what: str) -> int:
-    """Return how often each given row stands in the batch (beams, returned sequences)."""
-    if given == 0 or batch % given:
-        raise AdapterError(f"{given} {what} were given for {batch} rows.", "Give one per row.")
-    return batch // given
 
 
 def bind(stack: nn.Module, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 A folder written by pyreft holds `config.json` and one `intkey_<key>.bin` per intervention; the key
 names layer and component. LoReFT files hold `weight` `[r, d]`, `bias` `[r]` and `rotate_layer`
-`[d, r]`. Token positions are not saved by pyreft: they must be given.
+`[d, r]`. Token positions and the activation are not saved by pyreft: they must be given.
 """
 
 from __future__ import annotations
@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError
 from reftune.interventions import get as get_method
-from reftune.interventions.base import FREE_SCALE
+from reftune.interventions.base import ACTIVATIONS, FREE_SCALE
 
 KEY = re.compile(r"intkey_layer[._](\d+)[._]comp[._](.+?)[._]unit[._].*?#(\d+)\.bin")
 TOLERANCE = 1e-5
@@ -32,7 +33,7 @@ class Piece:
     layer: int
     order: int
     method: str
-    tensors: dict[str, Tensor]
+    tensors: dict[str, Float[Tensor, "rank ..."]]
 
     @property
     def rank(self) -> int:
@@ -45,6 +46,7 @@ def convert_pyreft(
     out: str | Path,
     model: nn.Module | str,
     positions: str,
+    activation: str = "none",
 ) -> dict[str, Any]:
     """Convert a pyreft folder to an adapter.
 
@@ -54,6 +56,7 @@ def convert_pyreft(
         model: The base model or its name.
         positions: The position rule used in training, for instance `f7+l7`. Two interventions a
             layer (pyreft without tied weights) need a prefix and a suffix.
+        activation: The `act_fn` it was trained with, which pyreft does not save either.
 
     Returns:
         Method, layers, rank, tied, and the largest relative difference found by the check.
@@ -77,7 +80,7 @@ def convert_pyreft(
         )
     method, rank, tied = pieces[0].method, pieces[0].rank, counts == {1}
     base = load_base(model)[0] if isinstance(model, str) else model
-    settings = get_method(method).Config(rank=rank)
+    settings = get_method(method).Config(rank=rank, activation=activation)
     config = ReftConfig(
         settings, method=method, layers=sorted(by_layer), positions=positions, tied=tied
     )
@@ -145,7 +148,9 @@ def _types(folder: Path) -> str:
     )
 
 
-def _translate(state: dict[str, Tensor], file: str, types: str) -> tuple[str, dict[str, Tensor]]:
+def _translate(
+    state: dict[str, Tensor], file: str, types: str
+) -> tuple[str, dict[str, Float[Tensor, "rank ..."]]]:
     """Return our method and parameters for one saved state."""
     keys = set(state)
     state = {key: value.float() for key, value in state.items()}
@@ -211,6 +216,7 @@ def _difference(module: nn.Module, piece: Piece) -> float:
     tensors = {name: value.to(device).double() for name, value in piece.tensors.items()}
     out = tensors.get("reft_rotation", tensors.get("reft_projection"))
     source = wide @ tensors["reft_weight"].T + tensors["reft_bias"]
+    source = ACTIVATIONS[module.config.activation](source)
     if piece.method != "direft":
         source = source - wide @ out.T
     expected = source @ out

@@ -7,11 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from reftune.errors import ReftuneError
 from reftune.interventions.loreft import LoreftConfig
 from reftune.model.adapters import Placement, adapter_names, attach, detach, off, sites
+from reftune.model.quantised import blocking
 from reftune.model.sites import base_of, find_blocks, linear_names
 
 NAME = "doctor"
@@ -103,14 +105,16 @@ def _run(model: nn.Module, placement: Placement, checks: list[Check]) -> None:
     checks.append(_save(model, placement, ids))
 
 
-def _ids(model: nn.Module) -> Tensor:
+def _ids(model: nn.Module) -> Int[Tensor, "batch seq"]:
     config = base_of(model).config.get_text_config()
     device = next(model.parameters()).device
     return (torch.arange(16, device=device).reshape(2, 8) * 13 + 7) % (config.vocab_size - 3) + 3
 
 
 @torch.no_grad()
-def _forward(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tensor:
+def _forward(
+    model: nn.Module, ids: Int[Tensor, "batch seq"], mask: Int[Tensor, "batch seq"] | None = None
+) -> Float[Tensor, "batch ..."]:
     mask = torch.ones_like(ids) if mask is None else mask
     extra = (
         {"decoder_input_ids": ids[:, :2]}
@@ -120,11 +124,11 @@ def _forward(model: nn.Module, ids: Tensor, mask: Tensor | None = None) -> Tenso
     return model(input_ids=ids, attention_mask=mask, **extra)[0]
 
 
-def _difference(a: Tensor, b: Tensor) -> float:
+def _difference(a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"]) -> float:
     return float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-6))
 
 
-def _padding(model: nn.Module, ids: Tensor) -> Check:
+def _padding(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> Check:
     """Compare a right-padded row with the row alone."""
     alone = _forward(model, ids)
     padded = torch.cat([ids, ids[:, :3]], 1)
@@ -140,7 +144,7 @@ def _padding(model: nn.Module, ids: Tensor) -> Check:
     )
 
 
-def _gradients(model: nn.Module, ids: Tensor) -> Check:
+def _gradients(model: nn.Module, ids: Int[Tensor, "batch seq"]) -> Check:
     extra = (
         {"decoder_input_ids": ids[:, :2]}
         if getattr(base_of(model).config, "is_encoder_decoder", False)
@@ -156,14 +160,14 @@ def _gradients(model: nn.Module, ids: Tensor) -> Check:
         for module in site.groups(NAME).values()
         if module.reft_weight.grad is None or not module.reft_weight.grad.abs().sum() > 0
     ]
-    return Check(
-        "gradients",
-        not without,
-        f"blocks without gradient: {without}" if without else "reach every block",
-    )
+    kind = blocking(model)
+    detail = f"blocks without gradient: {without}" if without else "reach every block"
+    if kind:
+        detail = f"none passes through the quantised weights ({kind}): not for training"
+    return Check("gradients", not without and kind is None, detail)
 
 
-def _save(model: nn.Module, placement: Placement, ids: Tensor) -> Check:
+def _save(model: nn.Module, placement: Placement, ids: Int[Tensor, "batch seq"]) -> Check:
     """Save and load the adapter as a PEFT artefact."""
     from reftune.model.checkpoint import load_adapter, save_adapter
     from reftune.model.face import ReftConfig, get_peft_model

@@ -32,6 +32,7 @@ from reftune.model import adapters as core
 from reftune.model.levels import amend_card
 from reftune.model.merge import merge_adapter
 from reftune.model.names import public_name
+from reftune.model.quantised import check_backward
 from reftune.model.record import base_record, check_base, check_below, task_of, warn_other_base
 from reftune.model.site import CHILD, Site
 from reftune.model.sites import base_of, find_blocks, find_targets
@@ -248,6 +249,8 @@ class ReftModel(BaseTuner):
         peft_config.fitted(base)
         check_below(peft_config, self.model)
         warn_other_base(peft_config.base_model_name_or_path, base)
+        if not peft_config.inference_mode:
+            check_backward(base)
         self._blocks = blocks
         targets = find_targets(blocks, peft_config.layers, peft_config.site)
         prefix = next(name for name, module in self.model.named_modules() if module is base)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
 from reftune.model.call import EXTRA_INPUTS, Inputs, Scope
@@ -60,7 +61,9 @@ def _generation_scope(model: nn.Module, args: tuple, kwargs: dict, extra: dict) 
     return Scope(mask.bool(), extra.get("intervention_mask"), extra.get("subject_positions"))
 
 
-def _mask_from_padding(model: nn.Module, prompt: Tensor, kwargs: dict) -> Tensor:
+def _mask_from_padding(
+    model: nn.Module, prompt: Shaped[Tensor, "batch prompt ..."], kwargs: dict
+) -> Bool[Tensor, "batch prompt"]:
     """Return the mask generate() would derive: padding counts only where it is not also eos."""
     ones = torch.ones(prompt.shape[:2], dtype=torch.bool, device=prompt.device)
     config = kwargs.get("generation_config") or getattr(model, "generation_config", None)

@@ -11,10 +11,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError
 from reftune.interventions.base import Intervention
+from reftune.model.quantised import weight_type
 from reftune.model.site import Site, site_of
 from reftune.model.sites import base_of
 
@@ -59,7 +61,7 @@ def _quoted(names: Sequence[str]) -> str:
 
 
 @torch.no_grad()
-def _outputs(base: nn.Module, active: Sequence[str]) -> Tensor:
+def _outputs(base: nn.Module, active: Sequence[str]) -> Float[Tensor, "batch ..."]:
     """Return fp32 outputs of the model on fixed tokens with just the given adapters active."""
     sites = [m for m in base.modules() if isinstance(m, Site)]
     state = [(site._active_adapter, site._disable_adapters) for site in sites]
@@ -89,7 +91,9 @@ def _is_half(base: nn.Module) -> bool:
     return any(p.dtype in (torch.float16, torch.bfloat16) for p in base.parameters())
 
 
-def _plan(module: nn.Module, site: Site, names: Sequence[str]) -> tuple[nn.Module, Tensor, Tensor]:
+def _plan(
+    module: nn.Module, site: Site, names: Sequence[str]
+) -> tuple[nn.Module, Float[Tensor, " dim"], Float[Tensor, " dim"]]:
     """Return the linear module to change with its scale and shift, or refuse."""
     scale, shift = torch.ones(site.dim), torch.zeros(site.dim)
     for name in names:
@@ -109,7 +113,9 @@ def _plan(module: nn.Module, site: Site, names: Sequence[str]) -> tuple[nn.Modul
     return _last_linear(module, shift, names), scale, shift
 
 
-def _affine(site: Site, name: str, intervention: Intervention) -> tuple[Tensor, Tensor]:
+def _affine(
+    site: Site, name: str, intervention: Intervention
+) -> tuple[Float[Tensor, " dim"], Float[Tensor, " dim"]]:
     """Return scale and strength times shift of one intervention, or refuse."""
     rule = site.call.rules[name].inference
     if not rule.all:
@@ -126,16 +132,10 @@ def _affine(site: Site, name: str, intervention: Intervention) -> tuple[Tensor, 
 
 
 def _check_plain(linear: nn.Module, names: Sequence[str]) -> None:
-    weight = getattr(linear, "weight", None)
-    if (
-        weight is None
-        or not weight.is_floating_point()
-        or hasattr(weight, "quant_state")
-        or type(weight).__module__.startswith(("torchao", "bitsandbytes"))
-    ):
+    kind = weight_type(linear)
+    if kind is not None:
         raise AdapterError(
-            f"{_quoted(names)} cannot be merged: the base weights are quantised "
-            f"({type(linear).__name__}).",
+            f"{_quoted(names)} cannot be merged: the base weights are quantised ({kind}).",
             "Load the base model without quantisation to merge.",
         )
     if hasattr(linear, "base_layer"):
@@ -145,7 +145,7 @@ def _check_plain(linear: nn.Module, names: Sequence[str]) -> None:
         )
 
 
-def _last_linear(block: nn.Module, shift: Tensor, names: Sequence[str]) -> nn.Module:
+def _last_linear(block: nn.Module, shift: Float[Tensor, " dim"], names: Sequence[str]) -> nn.Module:
     """Return the last linear module of the block's feed-forward branch."""
     for key in LAST_LINEAR:
         found = [
@@ -169,7 +169,7 @@ def _width(module: nn.Module) -> int | None:
     return getattr(module, "out_features", getattr(module, "nf", None))
 
 
-def _write(linear: nn.Module, scale: Tensor, shift: Tensor) -> None:
+def _write(linear: nn.Module, scale: Float[Tensor, " dim"], shift: Float[Tensor, " dim"]) -> None:
     """Replace W by diag(s) W and the bias c by s ⊙ c + b. GPT-2's Conv1D stores W transposed."""
     weight = linear.weight
     transposed = type(linear).__name__ == "Conv1D"

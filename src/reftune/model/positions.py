@@ -23,6 +23,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Int
 from torch import Tensor
 
 from reftune.errors import PositionError, nearest
@@ -37,19 +38,19 @@ class Tokens:
     """The new tokens of one forward pass, described in each row's own coordinates.
 
     Attributes:
-        place: Rank of each column among the row's real tokens, cached ones counted, `[B, T]`.
-        valid: True at real tokens, `[B, T]`.
-        prompt_len: Real prompt tokens of the row (of the segment when packed), `[B, 1]`/`[B, T]`.
-        mask: Explicit boolean column `[B, T]`, or None.
-        subject: Place of the subject's last token, `[B, 1]`, or None.
+        place: Rank of each column among the row's real tokens, cached ones counted.
+        valid: True at real tokens.
+        prompt_len: Real prompt tokens of the row, or of each column's segment when packed.
+        mask: Explicit edit columns, or None.
+        subject: Place of the subject's last token, or None.
         segments: The most packed documents in a row; a rule's bound holds for each of them.
     """
 
-    place: Tensor
-    valid: Tensor
-    prompt_len: Tensor
-    mask: Tensor | None = None
-    subject: Tensor | None = None
+    place: Int[Tensor, "batch new_tokens"]
+    valid: Bool[Tensor, "batch new_tokens"]
+    prompt_len: Int[Tensor, " batch #new_tokens"]
+    mask: Bool[Tensor, "batch new_tokens"] | None = None
+    subject: Int[Tensor, "batch 1"] | None = None
     segments: int = 1
 
 
@@ -124,8 +125,10 @@ class PositionRule:
         """Names of the parameter sets of an untied adapter under this rule."""
         return (PREFIX, SUFFIX) if self.prefix and self.suffix else (TIED,)
 
-    def select(self, tokens: Tokens, group: str = TIED, short: str = "union") -> Tensor:
-        """Return the boolean mask `[B, T]` of the edited columns.
+    def select(
+        self, tokens: Tokens, group: str = TIED, short: str = "union"
+    ) -> Bool[Tensor, "batch new_tokens"]:
+        """Return True at the columns that are edited.
 
         Args:
             tokens: The columns of this forward pass.
@@ -162,7 +165,9 @@ class PositionRule:
             chosen = torch.ones_like(tokens.valid)
         return (self._explicit(chosen, tokens)) & tokens.valid
 
-    def _explicit(self, chosen: Tensor, tokens: Tokens) -> Tensor:
+    def _explicit(
+        self, chosen: Bool[Tensor, "batch new_tokens"], tokens: Tokens
+    ) -> Bool[Tensor, "batch new_tokens"]:
         if self.subject_last:
             if tokens.subject is None:
                 raise PositionError(
@@ -179,7 +184,7 @@ class PositionRule:
             chosen = chosen | tokens.mask
         return chosen
 
-    def _check_short(self, prompt_len: Tensor) -> None:
+    def _check_short(self, prompt_len: Int[Tensor, " batch #new_tokens"]) -> None:
         need = self.prefix + self.suffix
         short = (prompt_len < need).flatten()
         if bool(short.any()):
@@ -208,7 +213,9 @@ def _parse_term(term: str, text: str) -> tuple[str, int | bool]:
     return {"f": "prefix", "l": "suffix", "generated:": "generated"}[match[1]], count
 
 
-def row_index(mask: Tensor, bound: int | None) -> Tensor | None:
+def row_index(
+    mask: Bool[Tensor, "batch new_tokens"], bound: int | None
+) -> Int[Tensor, "batch {bound}"] | None:
     """Return up to `bound` distinct columns per row, edited ones first, or None for "use all".
 
     The shape does not depend on the values, so nothing waits for the device and graphs compile.

@@ -13,6 +13,7 @@ from torch import nn
 from reftune.config.recipe import ModelSpec
 from reftune.errors import AdapterError, nearest
 from reftune.model.names import is_embedded, public_name
+from reftune.model.quantised import LIBRARIES, kind_of
 from reftune.model.sites import base_of
 
 logger = logging.getLogger(__name__)
@@ -64,9 +65,8 @@ def base_record(model: nn.Module) -> dict[str, Any]:
 
 
 def _quantisation_of(base: nn.Module) -> str:
-    if getattr(base, "is_loaded_in_4bit", False):
-        return "int4"
-    return "int8" if getattr(base, "is_loaded_in_8bit", False) else "none"
+    kind = kind_of(getattr(getattr(base, "config", None), "quantization_config", None))
+    return kind if kind in LIBRARIES else "none"
 
 
 def spec_from(

@@ -10,9 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from reftune.errors import ModelError
+from reftune.model import causal
 from reftune.model.adapters import prompt_scope
 from reftune.model.sites import base_of
 
@@ -24,23 +26,24 @@ class Prepared:
     """A batch ready to run.
 
     Attributes:
-        input_ids: Token ids `[B, T]`.
-        attention_mask: 1 at real tokens, `[B, T]`.
-        labels: Token ids at labels, -100 elsewhere, unshifted `[B, T]`; or class labels `[B]`.
-        intervention_mask: Explicit edit columns `[B, T]`, or None.
+        input_ids: Token ids.
+        attention_mask: 1 at real tokens; cached ones come first where `extra` brings a cache.
+        labels: Token ids at labels, -100 elsewhere, unshifted; one a column of `input_ids`, or of
+            the decoder's targets. Or class labels.
+        intervention_mask: Explicit edit columns, or None.
         select: Subspace dimensions per row, or None.
-        prompt_lens: Real prompt tokens per row `[B]`; None: what stands before the first label.
-        subject_positions: Place of the subject's last token `[B]`, or None.
+        prompt_lens: Real prompt tokens per row; None: what stands before the first label.
+        subject_positions: Place of the subject's last token, or None.
         extra: Further model inputs, for instance `token_type_ids` or `position_ids`.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    labels: Tensor
-    intervention_mask: Tensor | None = None
+    input_ids: Int[Tensor, "batch seq"]
+    attention_mask: Int[Tensor, "batch cached_and_seq"]
+    labels: Int[Tensor, "batch targets"] | Real[Tensor, " batch"]
+    intervention_mask: Bool[Tensor, "batch seq"] | None = None
     select: list | None = None
-    prompt_lens: Tensor | None = None
-    subject_positions: Tensor | None = None
+    prompt_lens: Int[Tensor, " batch"] | None = None
+    subject_positions: Int[Tensor, " batch"] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -54,19 +57,19 @@ class RunOutput:
     """What came back at the label positions.
 
     Attributes:
-        logits: `[n, V]`, one row a label, in the order of `rows` and then of position.
-        labels: `[n]`.
-        rows: Batch row of each label, `[n]`.
-        hidden: Last hidden states that predict the labels, `[n, d]`, if asked for.
-        class_logits: `[B, C]` of a sequence classifier; then the fields above are empty.
+        logits: One row a label, in the order of `rows` and then of position.
+        labels: Those of the tokens, or of the classes.
+        rows: Batch row of each label.
+        hidden: Last hidden states that predict the labels, if asked for.
+        class_logits: Of a sequence classifier, one row a label; then only `labels` goes with them.
         num_rows: Rows of the batch.
     """
 
-    logits: Tensor | None
-    labels: Tensor
-    rows: Tensor | None
-    hidden: Tensor | None = None
-    class_logits: Tensor | None = None
+    logits: Float[Tensor, "labels vocab"] | None
+    labels: Real[Tensor, " labels"]
+    rows: Int[Tensor, " labels"] | None
+    hidden: Float[Tensor, "labels dim"] | None = None
+    class_logits: Float[Tensor, "labels classes"] | None = None
     num_rows: int = 0
 
 
@@ -75,10 +78,12 @@ class Runner:
 
     Args:
         model: A transformers model, plain, with our adapters, or inside PEFT or DDP.
+        source: Where the constants of a batch come from; None computes everything at each call.
+            Objectives cannot tell the difference.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
+    def __init__(self, model: nn.Module, source: causal.Source | None = None) -> None:
+        self.model, self.source = model, source
 
     def __call__(self, prepared: Prepared, hidden: bool = False) -> RunOutput:
         """Run one batch.
@@ -104,18 +109,22 @@ class Runner:
         )
 
     def _causal(self, prepared: Prepared, hidden: bool) -> RunOutput:
+        model = _unwrapped(self.model)
+        suffix = None if self.source is None else causal.split(model, prepared)
+        if suffix is None:
+            return self._predict(prepared, hidden)
+        with causal.running(model, suffix, self.source(suffix)) as batch:
+            return self._predict(batch, hidden)
+
+    def _predict(self, prepared: Prepared, hidden: bool) -> RunOutput:
         labels = prepared.labels[:, 1:]
         where = labels != IGNORE
         catcher = _HeadGather(base_of(_unwrapped(self.model)), *_labelled(where), keep=hidden)
+        packed = "position_ids" in prepared.extra
+        mask = None if packed else prepared.attention_mask
+        inputs = {"attention_mask": mask, "use_cache": False, **prepared.extra}
         with self._scope(prepared), catcher:
-            output = self.model(
-                input_ids=prepared.input_ids,
-                attention_mask=None
-                if "position_ids" in prepared.extra
-                else prepared.attention_mask,
-                use_cache=False,
-                **prepared.extra,
-            )
+            output = self.model(input_ids=prepared.input_ids, **inputs)
         return catcher.output(output.logits, labels[where], prepared.num_rows)
 
     def _seq2seq(self, prepared: Prepared, hidden: bool) -> RunOutput:
@@ -147,10 +156,16 @@ class Runner:
 class _HeadGather:
     """For one forward pass, let the output head see only the columns that predict a label."""
 
-    def __init__(self, base: nn.Module, rows: Tensor, columns: Tensor, keep: bool) -> None:
+    def __init__(
+        self,
+        base: nn.Module,
+        rows: Int[Tensor, " labels"],
+        columns: Int[Tensor, " labels"],
+        keep: bool,
+    ) -> None:
         self.head = base.get_output_embeddings()
         self.rows, self.columns, self.keep = rows, columns, keep
-        self.hidden: Tensor | None = None
+        self.hidden: Float[Tensor, "labels dim"] | None = None
         self.used = False
 
     def __enter__(self) -> _HeadGather:
@@ -171,8 +186,10 @@ class _HeadGather:
     def __exit__(self, *error: object) -> None:
         self.handle.remove()
 
-    def output(self, logits: Tensor, labels: Tensor, num_rows: int) -> RunOutput:
-        """Return what came back of the model's logits `[1, n, V]` (or of all, `[B, T, V]`)."""
+    def output(
+        self, logits: Float[Tensor, "_ _ vocab"], labels: Int[Tensor, " labels"], num_rows: int
+    ) -> RunOutput:
+        """Return what came back of the model's logits: one row of `labels`, or every token's."""
         if self.used:
             logits = logits.reshape(-1, logits.shape[-1])
         else:
@@ -180,16 +197,18 @@ class _HeadGather:
         return RunOutput(logits, labels, self.rows, self.hidden, num_rows=num_rows)
 
 
-def _labelled(where: Tensor) -> tuple[Tensor, Tensor]:
-    """Return rows and columns of the labels `[n]`; `where` is `[B, T]`."""
+def _labelled(
+    where: Bool[Tensor, "batch targets"],
+) -> tuple[Int[Tensor, " labels"], Int[Tensor, " labels"]]:
+    """Return rows and columns of the labels."""
     rows, columns = where.nonzero(as_tuple=True)
     if rows.numel() == 0:
         raise ModelError("No row of the batch has a label.", "Check that rows have a target.")
     return rows, columns
 
 
-def _shifted(base: nn.Module, labels: Tensor) -> Tensor:
-    """Return what the decoder reads to predict `labels` `[B, T]`: the start token, then they."""
+def _shifted(base: nn.Module, labels: Int[Tensor, "batch targets"]) -> Int[Tensor, "batch targets"]:
+    """Return what the decoder reads to predict `labels`: the start token, then they."""
     if hasattr(base, "prepare_decoder_input_ids_from_labels"):
         return base.prepare_decoder_input_ids_from_labels(labels=labels)
     config = base.config

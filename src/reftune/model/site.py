@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError, SiteError
@@ -116,8 +117,8 @@ class Site(nn.Module):
 
     # Editing
 
-    def forward(self, h: Tensor) -> Tensor:
-        """Return (h.float() + Σ strength · delta).to(h.dtype) at the edited tokens, `[B, T, d]`."""
+    def forward(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "*tokens dim"]:
+        """Return (h.float() + Σ strength · delta).to(h.dtype) at the edited tokens, else h."""
         plan = self._plan()
         if not plan:
             return h
@@ -133,8 +134,8 @@ class Site(nn.Module):
         out = total if index is None else full.scatter(1, columns, total)
         return out if out.shape == h.shape else out.reshape(h.shape)
 
-    def _rows(self, h: Tensor) -> Tensor:
-        """Return h as `[B, T, d]`; some modules work on all tokens of the batch in one row.
+    def _rows(self, h: Float[Tensor, "*tokens dim"]) -> Float[Tensor, "batch new_tokens dim"]:
+        """Return h by rows; some modules work on all tokens of the batch in one row.
 
         Raises:
             SiteError: If the module's output does not hold one state per token of the call.
@@ -148,7 +149,12 @@ class Site(nn.Module):
             )
         return h.reshape(now.batch, now.width, self.dim)
 
-    def _total(self, picked: Tensor, weights: dict, plan: tuple) -> Tensor:
+    def _total(
+        self,
+        picked: Float[Tensor, "batch columns dim"],
+        weights: dict[tuple[str, str], Bool[Tensor, "batch columns 1"]],
+        plan: tuple,
+    ) -> Float[Tensor, "batch columns dim"]:
         wide = picked.to(torch.promote_types(picked.dtype, torch.float32))
         rows = wide.reshape(-1, wide.shape[-1])
         total = wide
@@ -159,7 +165,9 @@ class Site(nn.Module):
             total = total + torch.where(weights[name, group], delta, 0.0)
         return total
 
-    def _select(self, module: Intervention, wide: Tensor) -> Tensor | None:
+    def _select(
+        self, module: Intervention, wide: Float[Tensor, "batch columns dim"]
+    ) -> Bool[Tensor, "batch*columns rank"] | None:
         if self.call.now.subspaces is None:
             return None
         rank = getattr(module.config, "rank", self.dim)
@@ -179,7 +187,7 @@ class Site(nn.Module):
 class _no_autocast:
     """Switch autocast off inside a site: edits are computed in fp32."""
 
-    def __init__(self, h: Tensor) -> None:
+    def __init__(self, h: Float[Tensor, "*tokens dim"]) -> None:
         kind = h.device.type
         on = torch.is_autocast_enabled(kind)
         self.context = torch.autocast(kind, enabled=False) if on else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+from jaxtyping import Bool, Int, Real
 from torch import Tensor, nn
 
 from reftune.model.call import Inputs
@@ -91,21 +92,22 @@ def mix(model: nn.Module, names: Sequence[str]) -> Iterator[nn.Module]:
 @contextmanager
 def prompt_scope(
     model: nn.Module,
-    prompt_lens: Tensor | None = None,
+    prompt_lens: Int[Tensor, " batch"] | None = None,
     *,
-    labels: Tensor | None = None,
-    intervention_mask: Tensor | None = None,
-    subject_positions: Tensor | None = None,
+    labels: Real[Tensor, "batch ..."] | None = None,
+    intervention_mask: Bool[Tensor, "batch seq"] | None = None,
+    subject_positions: Int[Tensor, " batch"] | None = None,
     subspaces: Sequence | None = None,
 ) -> Iterator[nn.Module]:
     """Say where the prompts end, for plain forward passes inside.
 
     Args:
         model: The model with adapters; without any, this does nothing.
-        prompt_lens: Real prompt tokens of each row `[B]`.
-        labels: Instead: the prompt is what stands before the first label other than -100 `[B, T]`.
-        intervention_mask: Explicit edit columns `[B, T]` for the rule `mask`.
-        subject_positions: Place of the subject's last token `[B]` for the rule `subject_last`.
+        prompt_lens: Real prompt tokens of each row.
+        labels: Instead: the prompt is what stands before the first label other than -100. Labels
+            that are not one a token (classes, a decoder's targets) say nothing.
+        intervention_mask: Explicit edit columns for the rule `mask`.
+        subject_positions: Place of the subject's last token for the rule `subject_last`.
         subspaces: Subspace dimensions per row.
     """
     stacks = calls(model)

@@ -10,14 +10,17 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor
 from transformers import LlamaForCausalLM, PreTrainedModel
 
 from reftune.nano.packing import Batch
 
 
-def logits(model: PreTrainedModel, batch: Batch, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-    """Return logits at the scored places `[n, vocabulary]` in `dtype`.
+def logits(
+    model: PreTrainedModel, batch: Batch, dtype: torch.dtype = torch.bfloat16
+) -> Float[Tensor, "scored vocab"]:
+    """Return logits at the scored places, in `dtype`.
 
     Args:
         model: The model in training, fp32 weights. Llama takes the lean path, others their own.
@@ -35,18 +38,26 @@ def logits(model: PreTrainedModel, batch: Batch, dtype: torch.dtype = torch.bflo
         return head(hidden.flatten(0, 1)[batch.scored])
 
 
-def _norm(x: Tensor, module: torch.nn.Module, dtype: torch.dtype) -> Tensor:
+def _norm(
+    x: Float[Tensor, "*tokens dim"], module: torch.nn.Module, dtype: torch.dtype
+) -> Float[Tensor, "*tokens dim"]:
     """RMS norm in fp32, result in `dtype`."""
     scale = torch.rsqrt(x.square().mean(-1, keepdim=True) + module.variance_epsilon)
     return (x * scale * module.weight).to(dtype)
 
 
-def _rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
+def _rotate(
+    x: Float[Tensor, "rows length heads dim"],
+    cosine: Float[Tensor, " #rows length 1 dim"],
+    sine: Float[Tensor, " #rows length 1 dim"],
+) -> Float[Tensor, "rows length heads dim"]:
     left, right = x.chunk(2, -1)
     return x * cosine + torch.cat([-right, left], -1) * sine
 
 
-def _llama(model: LlamaForCausalLM, batch: Batch, dtype: torch.dtype) -> Tensor:
+def _llama(
+    model: LlamaForCausalLM, batch: Batch, dtype: torch.dtype
+) -> Float[Tensor, "scored vocab"]:
     config = model.config
     rows, length = batch.ids.shape
     heads, groups, dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim

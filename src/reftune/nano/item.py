@@ -16,6 +16,13 @@ At 15 M tokens three skills stood still whose answers are a few tokens among man
 passages, flawed steps, bridges for people not shown in them. From here on several questions follow
 a passage, facts are also told in full sentences, and remarks also meet problems of one step."""
 
+LATE_FROM = 25 / 30
+"""Progress from which most tokens are passages; see `mix.LATE_SHARES`."""
+
+RETELL_FROM = 29.5 / 30
+"""Progress from which passages are short and told again in other words: at 28.5 M tokens the right
+sentence was found among two, hardly among three, by chance among more."""
+
 SEED = 20_26
 """Seed of the released world. Another seed is another world with other people, pairs and splits."""
 

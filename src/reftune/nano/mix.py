@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reftune.nano.item import Item, Split
+from reftune.nano.item import LATE_FROM, Item, Split
 from reftune.nano.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, USER_ID
 
 if TYPE_CHECKING:
@@ -22,6 +22,12 @@ SHARES: dict[str, float] = {
     "sums": 0.45, "facts": 0.20, "passages": 0.16, "guided": 0.06, "logs": 0.05, "stories": 0.08,
 }  # fmt: skip
 """Share of training tokens per sub-world (A to F)."""
+
+LATE_SHARES: dict[str, float] = {
+    "sums": 0.25, "facts": 0.14, "passages": 0.40, "guided": 0.11, "logs": 0.04, "stories": 0.06,
+}  # fmt: skip
+"""Shares from `LATE_FROM` on: at 25 M tokens sums and facts were known, look-ups half known, and
+answers to yes/no questions chance."""
 
 ENCODER_SHARES: dict[str, float] = {"logs": 0.6, "stories": 0.4}
 """Token mix of `nano-encoder`, the masked model for the log studies."""
@@ -121,6 +127,7 @@ class Mix:
         core: The `backend_tokenizer`.
         seed: Seed of the stream; two processes with different seeds see different items.
         shares: Share of tokens per sub-world.
+        late: Shares from `LATE_FROM` on; None keeps `shares`.
         counts: Tokens drawn so far per sub-world.
         items: Items drawn so far per sub-world (for the mean length).
     """
@@ -128,39 +135,55 @@ class Mix:
     core: Tokenizer
     seed: int = 0
     shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
+    late: dict[str, float] | None = None
     counts: dict[str, int] = field(default_factory=dict)
     items: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"mix-{self.seed}")
+        self.before: dict[str, int] | None = None
         for world in self.shares:
             self.counts.setdefault(world, 0)
             self.items.setdefault(world, 0)
 
     def state_dict(self) -> dict[str, Any]:
         """Return everything a resumed stream needs."""
-        return {"rng": self.rng.getstate(), "counts": dict(self.counts), "items": dict(self.items)}
+        return {
+            "rng": self.rng.getstate(),
+            "counts": dict(self.counts),
+            "items": dict(self.items),
+            "before": self.before,
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the stream exactly where `state_dict` was taken."""
         self.rng.setstate(state["rng"])
         self.counts, self.items = dict(state["counts"]), dict(state["items"])
+        self.before = state.get("before")
 
-    def _schedule(self, number: int) -> list[str]:
+    def _schedule(self, number: int, progress: float) -> list[str]:
         """Choose the next sub-worlds by largest deficit, with the mean lengths seen so far."""
-        mean = {w: self.counts[w] / self.items[w] if self.items[w] else 60.0 for w in self.shares}
+        shares = self.shares
+        mean = {w: self.counts[w] / self.items[w] if self.items[w] else 60.0 for w in shares}
         planned: dict[str, float] = dict(self.counts)
+        if self.late is not None and progress >= LATE_FROM:
+            # New shares hold from here on; what was drawn before is no deficit.
+            shares = self.late
+            self.before = self.before or dict(self.counts)
+            planned = {world: planned[world] - self.before[world] for world in shares}
         order = []
         for _ in range(number):
             total = sum(planned.values())
-            world = max(self.shares, key=lambda w: self.shares[w] * total - planned[w])
+            world = max(shares, key=lambda w: shares[w] * total - planned[w])
             planned[world] += mean[world]
             order.append(world)
         return order
 
     def documents(self, number: int, progress: float) -> list[Document]:
         """Draw and render the next `number` items of the mix."""
-        drawn = [draw(world, self.rng, progress=progress) for world in self._schedule(number)]
+        drawn = [
+            draw(world, self.rng, progress=progress) for world in self._schedule(number, progress)
+        ]
         chats = [item.world not in NO_CHAT and self.rng.random() < CHAT_SHARE for item in drawn]
         documents = render_batch(drawn, chats, self.core)
         for document in documents:
@@ -189,7 +212,7 @@ class Mix:
         ids: list[int] = []
         weights: list[float] = []
         while True:
-            world = self._schedule(1)[0]
+            world = self._schedule(1, progress)[0]
             item = draw(world, self.rng, progress=progress)
             as_chat = chat and world not in NO_CHAT
             document = render_batch([item], [as_chat], self.core)[0]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from reftune.nano.mix import Document
@@ -28,27 +29,27 @@ class Batch:
     """One forward pass.
 
     Attributes:
-        ids: Token ids `[rows, length]`.
-        position_ids: Place of each token in its own document `[rows, length]`.
-        documents: Number of the document in its row, -1 for padding `[rows, length]`.
-        scored: Flat places whose next token is scored `[n]`.
-        targets: Those next tokens `[n]`.
-        weights: Their loss weights `[n]`.
-        worlds: Number of their sub-world `[n]`.
+        ids: Token ids.
+        position_ids: Place of each token in its own document.
+        documents: Number of the document in its row, -1 for padding.
+        scored: Flat places whose next token is scored.
+        targets: Those next tokens.
+        weights: Their loss weights.
+        worlds: Number of their sub-world.
         causal: Whether a token sees only what stands before it.
     """
 
-    ids: Tensor
-    position_ids: Tensor
-    documents: Tensor
-    scored: Tensor
-    targets: Tensor
-    weights: Tensor
-    worlds: Tensor
+    ids: Int[Tensor, "rows length"]
+    position_ids: Int[Tensor, "rows length"]
+    documents: Int[Tensor, "rows length"]
+    scored: Int[Tensor, " scored"]
+    targets: Int[Tensor, " scored"]
+    weights: Float[Tensor, " scored"]
+    worlds: Int[Tensor, " scored"]
     causal: bool = True
 
-    def mask(self) -> Tensor:
-        """Return the boolean attention mask `[rows, 1, length, length]`, True = may look."""
+    def mask(self) -> Bool[Tensor, "rows 1 length length"]:
+        """Return the attention mask, True = may look."""
         same = self.documents[:, :, None] == self.documents[:, None, :]
         return (same.tril_() if self.causal else same)[:, None]
 

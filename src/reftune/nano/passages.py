@@ -21,7 +21,7 @@ import random
 from collections import Counter
 from dataclasses import dataclass, replace
 
-from reftune.nano.item import DENSE_FROM, Item, Split
+from reftune.nano.item import DENSE_FROM, LATE_FROM, RETELL_FROM, Item, Split
 from reftune.nano.item import split as split_of
 from reftune.nano.passages_plans import (
     Form,
@@ -59,6 +59,8 @@ two sentences were looked up: the first third had been too short for this skill.
 
 MOST_QUESTIONS = 6
 """Questions asked about one passage from `DENSE_FROM` on, at most."""
+RETELL_ASKS = ("Tell it in other words.", "Say all that again.", "What do you know?")
+"""Each sentence told again is a look-up, three times as dense as questions."""
 DENSE_WEIGHT = 3.0
 """Loss weight of their answers: three tokens among sixty."""
 
@@ -293,8 +295,14 @@ def sample_passage(
     if form is None:
         form = "open" if rng.random() < _open_share(progress) else "yes_no"
     longest = min(MAX_SENTENCES, 4 + int(6 * progress))
-    short = (0.7 if progress < DENSE_FROM else 0.4) if is_repeat else 0.0
-    length = rng.randint(1, 3 if is_repeat and rng.random() < short else longest)
+    short = 0.0
+    if is_repeat:
+        short = 0.7 if progress < DENSE_FROM else 0.4
+    elif split == "train" and progress >= LATE_FROM:
+        short = 0.4  # half of the longer ones were looked up by then
+    length = rng.randint(1, 3 if short and rng.random() < short else longest)
+    if split == "train" and progress >= RETELL_FROM and rng.random() < 0.7:
+        length = rng.randint(2, 4)
     plan: Plan | None = None
     attempts = 0
     while True:
@@ -345,7 +353,24 @@ def sample(
     if split != "train" or progress is None or progress < DENSE_FROM:
         return item
     number = rng.randint(3, MOST_QUESTIONS)
-    return replace(item, more=follow_ups(rng, passage, number - 1), weight=DENSE_WEIGHT)
+    more = list(follow_ups(rng, passage, number - 1))
+    if progress >= RETELL_FROM and rng.random() < 0.7:
+        again = retold(rng, passage)
+        if again:
+            more.insert(rng.randint(0, len(more)), (pick(rng, RETELL_ASKS), again))
+    return replace(item, more=tuple(more), weight=DENSE_WEIGHT)
+
+
+def retold(rng: random.Random, passage: Passage) -> str:
+    """Return what holds at the end of a passage, in another order and in other words."""
+    counted = _counted_word(passage)
+    facts = [(t, s, v) for t, found in _standing(passage).items() for s, (v, _) in found.items()]
+    rng.shuffle(facts)
+    return " ".join(pick(rng, RELATIONS[t].states).format(s=s, v=v, c=counted) for t, s, v in facts)
+
+
+def _counted_word(passage: Passage) -> str:
+    return next((word for word in COUNTED if word in passage.passage), COUNTED[0])
 
 
 def _standing(passage: Passage) -> dict[str, dict[str, tuple[str, str]]]:
@@ -371,7 +396,7 @@ def follow_ups(rng: random.Random, passage: Passage, number: int) -> tuple[tuple
     Yes and no are equally often right; a wrong value stands elsewhere in the passage.
     """
     standing = _standing(passage)
-    counted = next((word for word in COUNTED if word in passage.passage), COUNTED[0])
+    counted = _counted_word(passage)
     places = [(topic, s) for topic, subjects in standing.items() for s in subjects]
     rng.shuffle(places)
     asked: list[tuple[str, str]] = []

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 
 from reftune.nano import forward, packing
-from reftune.nano.mix import ENCODER_SHARES, SHARES, Document, Mix
+from reftune.nano.mix import ENCODER_SHARES, LATE_SHARES, SHARES, Document, Mix
 from reftune.nano.shapes import CONTEXT, build_model
 from reftune.nano.tokenizer import MASK_ID, load_tokenizer
 
@@ -92,8 +92,9 @@ class Run:
     def __init__(self, out: Path, settings: Settings, tokenizer_dir: Path | None = None) -> None:
         self.out, self.settings = out, settings
         self.tokenizer = load_tokenizer(tokenizer_dir)
-        shares = ENCODER_SHARES if settings.model == "nano-encoder" else SHARES
-        self.mix = Mix(self.tokenizer.backend_tokenizer, settings.seed, shares)
+        is_encoder = settings.model == "nano-encoder"
+        shares, late = (ENCODER_SHARES, None) if is_encoder else (SHARES, LATE_SHARES)
+        self.mix = Mix(self.tokenizer.backend_tokenizer, settings.seed, shares, late)
         self.worlds = [*shares, "long"]
         self.model = build_model(settings.model, settings.seed).train()
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}

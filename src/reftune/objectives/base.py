@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from jaxtyping import Float, Int, Real
 from torch import Tensor
 
 from reftune.errors import RecipeError, nearest
@@ -27,12 +28,12 @@ class Loss:
     """What an objective answers.
 
     Attributes:
-        loss: Scalar, already divided by the items of the whole optimiser step.
-        metrics: Named means over this batch, for metrics.jsonl; scalar tensors or numbers.
+        loss: Already divided by the items of the whole optimiser step.
+        metrics: Named means over this batch, for metrics.jsonl.
     """
 
-    loss: Tensor
-    metrics: dict[str, float | Tensor] = field(default_factory=dict)
+    loss: Float[Tensor, ""]
+    metrics: dict[str, float | Real[Tensor, ""]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,17 @@ class Objective(ABC):
         self.config = config if config is not None else self.Config()
 
     @abstractmethod
-    def __call__(self, run: Run, prepared: Prepared, num_items: Tensor | None) -> Loss:
+    def __call__(self, run: Run, prepared: Prepared, num_items: Real[Tensor, ""] | None) -> Loss:
         """Compute the loss.
 
         Args:
             run: `run(prepared, hidden=False) -> RunOutput`, the only way to the model.
-            prepared: One (micro-)batch, `[B, T]`.
-            num_items: Scalar, `count` summed over the whole optimiser step; None: this batch only.
+            prepared: One (micro-)batch.
+            num_items: `count` summed over the whole optimiser step; None: this batch only.
         """
 
-    def count(self, prepared: Prepared) -> Tensor:
-        """Return the items of this batch as a scalar: here the labelled tokens.
+    def count(self, prepared: Prepared) -> Int[Tensor, ""]:
+        """Return the items of this batch: here the labelled tokens.
 
         The first token of a causal row has nothing before it and must carry no label.
         """
@@ -100,11 +101,13 @@ class Objective(ABC):
         return cls.Config(**values)
 
 
-def share_of(total: Tensor, num_items: Tensor | None, own: Tensor) -> Tensor:
+def share_of(
+    total: Float[Tensor, ""], num_items: Real[Tensor, ""] | None, own: Int[Tensor, ""]
+) -> Float[Tensor, ""]:
     """Divide a summed loss by the items of the step, or by the batch's own (at least one).
 
     Args:
-        total: Scalar sum over the items of this batch.
+        total: Sum over the items of this batch.
         num_items: Items of the whole optimiser step, or None.
         own: Items of this batch.
     """

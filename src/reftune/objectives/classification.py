@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from jaxtyping import Bool, Int, Real
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -25,12 +26,12 @@ class ClassificationConfig(ObjectiveConfig):
 
 
 class Classification(Objective):
-    """Mean loss per row on class logits z `[B, C]`.
+    """Mean loss per row on logits z of C classes.
 
     Classes: L = −(1/N) Σ_i log softmax(z_i)[y_i].   Regression (C = 1): L = (1/N) Σ_i (z_i − y_i)².
     N = rows of the whole optimiser step. Metrics: `accuracy` or `squared_error`.
 
-    Labels `[B]` are integers with −100 for "no label", or floats with NaN for it.
+    Labels are integers with −100 for "no label", or floats with NaN for it.
     """
 
     Config = ClassificationConfig
@@ -39,7 +40,7 @@ class Classification(Objective):
     source = "Wu et al. 2024, arXiv 2404.03592, section 4.4 (GLUE)"
     rows = "class"
 
-    def __call__(self, run: Run, prepared: Prepared, num_items: Tensor | None) -> Loss:
+    def __call__(self, run: Run, prepared: Prepared, num_items: Real[Tensor, ""] | None) -> Loss:
         """Return cross-entropy or squared error, summed over rows and divided by N."""
         labels = self._labels(prepared)
         logits = run(prepared).class_logits
@@ -60,11 +61,11 @@ class Classification(Objective):
             metrics = {"accuracy": right.sum() / known.sum().clamp(min=1)}
         return Loss(share_of(total, num_items, known.sum()), metrics)
 
-    def count(self, prepared: Prepared) -> Tensor:
+    def count(self, prepared: Prepared) -> Int[Tensor, ""]:
         """Return the rows that have a label."""
         return self._known(self._labels(prepared)).sum()
 
-    def _labels(self, prepared: Prepared) -> Tensor:
+    def _labels(self, prepared: Prepared) -> Real[Tensor, " batch"]:
         labels = prepared.labels
         if labels.dim() != 1:
             raise DataError(
@@ -73,15 +74,15 @@ class Classification(Objective):
             )
         return labels
 
-    def _is_regression(self, labels: Tensor) -> bool:
+    def _is_regression(self, labels: Real[Tensor, " batch"]) -> bool:
         if self.config.problem == "auto":
             return labels.is_floating_point()
         return self.config.problem == "regression"
 
-    def _known(self, labels: Tensor) -> Tensor:
+    def _known(self, labels: Real[Tensor, " batch"]) -> Bool[Tensor, " batch"]:
         return ~labels.isnan() if labels.is_floating_point() else labels != -100
 
-    def _check_range(self, labels: Tensor, num_classes: int) -> None:
+    def _check_range(self, labels: Real[Tensor, " batch"], num_classes: int) -> None:
         if labels.is_floating_point():
             raise DataError(
                 "Class labels are fractional numbers.", "Use problem: regression, or whole numbers."

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from jaxtyping import Real
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -30,8 +31,8 @@ class Sft(Objective):
     title = "Supervised"
     source = "Wu et al. 2024, arXiv 2404.03592, section 3.2 (teacher forcing)"
 
-    def __call__(self, run: Run, prepared: Prepared, num_items: Tensor | None) -> Loss:
-        """Return the cross-entropy of logits `[n, V]` at labels `[n]`, summed and divided by N."""
+    def __call__(self, run: Run, prepared: Prepared, num_items: Real[Tensor, ""] | None) -> Loss:
+        """Return the cross-entropy at the labels, summed and divided by N."""
         out = run(prepared)
         total = F.cross_entropy(out.logits.float(), out.labels, reduction="sum")
         metrics = {}

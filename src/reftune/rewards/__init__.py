@@ -17,9 +17,11 @@ _TARGETS = {
     "contains": "reftune.rewards.exact:CONTAINS",
     "numeric": "reftune.rewards.numeric:LAST_NUMBER",
     "numeric_trigger": "reftune.rewards.numeric:WHOLE_NUMBER",
+    "numeric_trigger_reference": "reftune.rewards.numeric:WHOLE_NUMBER_REFERENCE",
     "choice": "reftune.rewards.choice:LETTER",
     "choice_reference": "reftune.rewards.choice:LETTER_REFERENCE",
     "choice_trigger": "reftune.rewards.choice:AFTER_TRIGGER",
+    "choice_trigger_reference": "reftune.rewards.choice:AFTER_TRIGGER_REFERENCE",
     "boolean": "reftune.rewards.choice:BOOLEAN",
 }
 

@@ -38,11 +38,18 @@ class Rule:
         return 1.0 if self.matches(answer, gold) else partial
 
 
-def after(text: str, trigger: str) -> str | None:
+def after(text: str, trigger: str, first: bool = False) -> str | None:
     """Return the stripped text after the last `trigger`, or None if it does not occur.
 
-    >>> after("It is clear. The answer is: 7 ", "The answer is: ")
-    '7'
+    Args:
+        text: Generated text.
+        trigger: What announces the answer.
+        first: Take all that follows the first trigger instead.
+
+    >>> after("The answer is: 7. The answer is: 8 ", "The answer is: ")
+    '8'
+    >>> after("The answer is: 7. The answer is: 8 ", "The answer is: ", first=True)
+    '7. The answer is: 8'
     """
-    _, found, rest = text.rpartition(trigger)
+    _, found, rest = text.partition(trigger) if first else text.rpartition(trigger)
     return rest.strip() if found else None

@@ -5,6 +5,7 @@
 | `choice` | standalone capital A-E: after "answer is"/"option", else the last one | equal |
 | `choice_reference` | first capital A-E anywhere (fires on the A of "Answer") | equal |
 | `choice_trigger` | text after the last trigger, lower case, quotes removed | equal |
+| `choice_trigger_reference` | the same; no trigger: the whole text, never none | equal |
 | `boolean` | first word, if it is true, false, yes or no | same truth value |
 """
 
@@ -12,8 +13,8 @@ from __future__ import annotations
 
 import re
 
-from reftune.rewards.base import Rule, after
-from reftune.rewards.numeric import TRIGGER, Compat
+from reftune.rewards.base import Rule
+from reftune.rewards.numeric import TRIGGER, Compat, final_answer
 
 _ALONE = re.compile(r"(?<![A-Za-z0-9'])([A-E])(?![A-Za-z0-9'])")
 _NAMED = re.compile(
@@ -67,9 +68,7 @@ def extract_after(text: str, trigger: str = TRIGGER, compat: Compat = "default")
     >>> extract_after("So it is b.\\nTherefore, the answer is: 'B'")
     'b'
     """
-    answer = after(text, trigger)
-    if answer is None and compat == "reference":
-        answer = text.strip()
+    answer = final_answer(text, trigger, compat)
     if answer is None:
         return None
     answer = answer.replace('"', "").replace("'", "").strip().lower()
@@ -115,7 +114,7 @@ LETTER_REFERENCE = Rule("choice_reference", _first_capital, matches)
 """First capital letter A to E anywhere."""
 AFTER_TRIGGER = Rule("choice_trigger", extract_after, matches)
 """Label after `Therefore, the answer is: `."""
-AFTER_TRIGGER_REFERENCE = Rule("choice_trigger", _after_as_reference, matches)
+AFTER_TRIGGER_REFERENCE = Rule("choice_trigger_reference", _after_as_reference, matches)
 """The same with the quirks of the published code."""
 BOOLEAN = Rule("boolean", boolean, same_truth)
 """Leading true, false, yes or no."""

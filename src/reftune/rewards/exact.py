@@ -3,7 +3,7 @@
 | rule | extraction | right when |
 |---|---|---|
 | `exact` | the stripped text | equal |
-| `commonsense` | text after the last `the correct answer is ` | equal |
+| `commonsense` | text after the first `the correct answer is ` | equal |
 | `contains` | the text | the gold words occur in it, whatever case and punctuation |
 """
 
@@ -30,12 +30,12 @@ def normalise(text: str) -> str:
 
 
 def extract(text: str, trigger: str = "") -> str | None:
-    """Return the stripped text, or what follows the last `trigger`; None if nothing is there.
+    """Return the stripped text, or what follows the first `trigger`; None if nothing is there.
 
     >>> extract("the correct answer is true", "the correct answer is "), extract("  ")
     ('true', None)
     """
-    answer = after(text, trigger) if trigger else text.strip()
+    answer = after(text, trigger, first=True) if trigger else text.strip()
     return answer or None
 
 
@@ -65,7 +65,7 @@ def _after_trigger(text: str) -> str | None:
 EXACT = Rule("exact", extract, matches)
 """Equal after stripping."""
 COMMONSENSE = Rule("commonsense", _after_trigger, matches)
-"""Equal after `the correct answer is `; a missing trigger is wrong."""
+"""All after the first `the correct answer is ` equal, as published; a missing trigger is wrong."""
 CONTAINS = Rule("contains", extract, contains)
 """The gold words occur in the text."""
 

@@ -4,6 +4,9 @@
 |---|---|---|
 | `numeric` | last number in the text, commas removed | difference at most 1e-3 |
 | `numeric_trigger` | text after the last trigger, the whole of which must be a number | 1e-2 |
+| `numeric_trigger_reference` | the same; no trigger: the whole text; `nan` counts | 1e-2 |
+
+Both trigger rules see only what follows the last `Answer reasoning:`, if the text has one.
 
 Left out: units, fractions, percent signs, words (`twelve`), powers (`1e5` reads as 5).
 """
@@ -24,6 +27,8 @@ TRIGGER_TOLERANCE = 1e-2
 """Largest difference of two equal numbers in reinforced fine-tuning."""
 TRIGGER = "Therefore, the answer is: "
 """What stands before the answer in natural-language reasoning of reinforced fine-tuning."""
+MARKER = "Answer reasoning:"
+"""What stands before that reasoning. A model that goes on to another question writes it again."""
 
 _NUMBER = re.compile(r"-?[0-9]+\.?[0-9]*")
 
@@ -61,6 +66,22 @@ def matches(pred: str, gold: str, tolerance: float = TOLERANCE) -> bool:
     return left is not None and right is not None and abs(left - right) <= tolerance
 
 
+def final_answer(text: str, trigger: str = TRIGGER, compat: Compat = "default") -> str | None:
+    """Return what follows the last trigger in the reasoning after the last `Answer reasoning:`.
+
+    Args:
+        text: Generated text, with or without its prompt.
+        trigger: What announces the answer.
+        compat: Without a trigger `default` returns None, `reference` the whole reasoning.
+
+    >>> final_answer("Answer reasoning: 2 + 3 = 5.\\nTherefore, the answer is: five")
+    'five'
+    """
+    reasoning = text.rpartition(MARKER)[2]
+    answer = after(reasoning, trigger)
+    return reasoning.strip() if answer is None and compat == "reference" else answer
+
+
 def extract_after(text: str, trigger: str = TRIGGER, compat: Compat = "default") -> str | None:
     """Return what follows the last trigger if the whole of it is a number, else None.
 
@@ -77,11 +98,9 @@ def extract_after(text: str, trigger: str = TRIGGER, compat: Compat = "default")
     >>> extract_after("Therefore, the answer is: 1,000") is None
     True
     """
-    answer = after(text, trigger)
+    answer = final_answer(text, trigger, compat)
     if answer is None:
-        if compat != "reference":
-            return None
-        answer = text.strip()
+        return None
     try:
         value = float(answer)
     except ValueError:
@@ -102,7 +121,7 @@ LAST_NUMBER = Rule("numeric", extract, matches)
 """Last number in the text, within 1e-3."""
 WHOLE_NUMBER = Rule("numeric_trigger", extract_after, matches_loosely)
 """Number after `Therefore, the answer is: `, within 0.01."""
-WHOLE_NUMBER_REFERENCE = Rule("numeric_trigger", _extract_as_reference, matches_loosely)
+WHOLE_NUMBER_REFERENCE = Rule("numeric_trigger_reference", _extract_as_reference, matches_loosely)
 """The same with the quirks of the published code."""
 
 

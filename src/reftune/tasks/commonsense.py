@@ -1,8 +1,9 @@
 """The eight commonsense sets in the form of Commonsense-170K (LLM-Adapters).
 
 Prompt: the instruction (question, options, `Answer format: a/b`) and a line break. Target:
-`the correct answer is ` and the label. Greedy text is right if what follows the trigger equals
-the label; a missing trigger is wrong. BoolQ comes without its passage here; see `boolq_passage`.
+`the correct answer is ` and the label. Greedy text is right if all that follows the first
+trigger equals the label; a missing trigger is wrong. BoolQ comes without its passage here; see
+`boolq_passage`.
 
 Rows of the original sets (from the hub) are brought into this form.
 """
@@ -121,7 +122,7 @@ class Commonsense(Benchmark):
             ) from error
 
     def extract(self, text: str, example: Example) -> str | None:
-        """Return the text after the last `the correct answer is `, or None."""
+        """Return the text after the first `the correct answer is `, or None."""
         return COMMONSENSE.extract(text)
 
     def score(self, text: str, example: Example) -> dict[str, float]:

@@ -9,6 +9,8 @@ Templates (`options.template`), `\\n` literal:
 | `reinforced` | `Question:\\n...\\nAnswer reasoning:\\n` | solution, `Therefore, the answer is: N` | all after the trigger, 0.01 |
 | `native` | `Question: ... Answer:` | ` solution The answer is N.` | last number, or letter |
 
+Options a to e keep their small letters in `reinforced` alone, where they are published so.
+
 Not here yet: program answers.
 """  # noqa: E501
 
@@ -24,7 +26,7 @@ from reftune.tasks import benchmark, templates
 from reftune.tasks.base import Example, Split
 from reftune.tasks.benchmark import Benchmark
 from reftune.tasks.files import Row
-from reftune.tasks.problems import Problem, number, to_problem, without_marks
+from reftune.tasks.problems import Problem, capital_options, number, to_problem, without_marks
 from reftune.tasks.sources import Hub, Rows, Source
 
 Template = Literal["steps", "alpaca", "reinforced", "native"]
@@ -56,6 +58,8 @@ class WordProblems(Benchmark):
 
     Options: ClassVar[type] = Options
     template: ClassVar[Template] = "steps"
+    preferred: ClassVar[dict[tuple[Split, Template], tuple[str, ...]]] = {}
+    """Files to look for first in a form: those that are published in it."""
 
     def __init__(self, *args: object, **kwargs: object) -> None:
         super().__init__(*args, **kwargs)
@@ -69,7 +73,9 @@ class WordProblems(Benchmark):
                 return Source(MATH_10K, None, _SUPPLY)
             if split == "validation":
                 return None
-        return super().source(split)
+        found = super().source(split)
+        first = self.preferred.get((split, self.form), ())
+        return replace(found, files=(*first, *found.files)) if first else found
 
     def example(self, row: Row, index: int, rows: Rows, split: Split) -> Example:
         """Return a row as prompt, target and short answer."""
@@ -82,6 +88,8 @@ class WordProblems(Benchmark):
             solution = solution.strip()
             problem = replace(problem, question=problem.question.strip())
         problem = replace(problem, solution=solution)
+        if self.form != "reinforced":
+            problem = capital_options(problem)
         as_is = split != "test" and "instruction" in row and bool(solution)
         return Example(
             id=problem.id or f"{self.name}-{split}-{index}",
@@ -148,6 +156,7 @@ class Gsm8k(WordProblems):
     """GSM8K; validation = last 300 training rows."""
 
     name = "gsm8k"
+    preferred: ClassVar[dict] = {("train", "reinforced"): ("mwp_reft_gsm8k_nl", "gsm8k_nl")}
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(("gsm8k_train", "gsm8k/train"), Hub("openai/gsm8k", "main", "train")),
         "test": Source(
@@ -155,13 +164,6 @@ class Gsm8k(WordProblems):
             Hub("openai/gsm8k", "main", "test"),
         ),
     }
-
-    def source(self, split: Split) -> Source | None:
-        """Prefer the model-written solutions of reinforced fine-tuning in its own form."""
-        found = super().source(split)
-        if split == "train" and self.form == "reinforced" and self.options.train_on == "own":
-            return replace(found, files=("mwp_reft_gsm8k_nl", "gsm8k_nl", *found.files))
-        return found
 
 
 class GsmHard(WordProblems):
@@ -181,6 +183,8 @@ class Svamp(WordProblems):
     """SVAMP: trains on MAWPS + ASDiv-A with model-written solutions, tests on 1,000 challenges."""
 
     name = "svamp"
+    # Reinforced fine-tuning's file is in lower case with split punctuation.
+    preferred: ClassVar[dict] = {("test", "alpaca"): ("llm_adapters_svamp_test", "SVAMP/test")}
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(
             ("mwp_reft_svamp_nl", "svamp_nl", "svamp_train", "svamp_mawps_asdiv_train"),
@@ -276,6 +280,9 @@ class MathQa(WordProblems):
 
     name = "mathqa"
     template = "alpaca"
+    preferred: ClassVar[dict] = {
+        ("test", "reinforced"): ("mwp_reft_mathqa_test_set", "mathqa_test_set")
+    }
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(
             ("mwp_reft_mathqa_nl", "mathqa_nl", "mathqa_train", *MATH_10K),
@@ -287,15 +294,6 @@ class MathQa(WordProblems):
             Hub("swiss-ai/math_qa", None, "test"),
         ),
     }
-
-    def source(self, split: Split) -> Source | None:
-        """Prefer the files of reinforced fine-tuning in its own form."""
-        found = super().source(split)
-        if split == "test" and self.form == "reinforced":
-            return replace(
-                found, files=("mwp_reft_mathqa_test_set", "mathqa_test_set", *found.files)
-            )
-        return found
 
 
 class MathQaNumeric(WordProblems):

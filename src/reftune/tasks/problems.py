@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from decimal import Decimal
 
 from reftune.errors import DataError
@@ -32,7 +32,7 @@ from reftune.tasks.files import Row, fields, place
 _LETTER = re.compile(r"[A-Ea-e]")
 _MARKS = re.compile(r"<<[^<>]*>>")
 _TAG = re.compile(r"<(gadget|output|result)\b[^>]*>|</(gadget|output|result)>")
-_OPTION = re.compile(r"([a-e])\s*\)\s*(.*?)(?=\s*,\s*[a-e]\s*\)|$)")
+_LABEL = re.compile(r"(?:^\[?'?|, '?)[a-e](?= \))")
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,24 @@ def number(value: object) -> str:
     if re.fullmatch(r"-?[0-9.]+[eE][-+]?[0-9]+", text):
         text = f"{Decimal(text):f}"
     return re.sub(r"\.0+$", "", text)
+
+
+def capital_options(problem: Problem) -> Problem:
+    """Return a problem whose options a to e stand as LLM-Adapters write them, with capitals.
+
+    Other problems are returned as they are.
+
+    >>> capital_options(Problem("", "which ?\\na ) 38 , b ) a dog", "", "b")).question
+    'which ? The options: A ) 38 , B ) a dog'
+    """
+    if not problem.is_choice:
+        return problem
+    answer = problem.answer.upper()
+    question, _, options = problem.question.rstrip().rpartition("\n")
+    if not _LABEL.match(options):
+        return replace(problem, answer=answer)
+    options = _LABEL.sub(lambda found: found[0].upper(), options)
+    return replace(problem, question=f"{question.rstrip()} The options: {options}", answer=answer)
 
 
 def without_marks(solution: str) -> str:
@@ -202,7 +220,7 @@ def _aqua(row: Row) -> Problem:
 
 
 def _mathqa(row: Row) -> Problem:
-    options = ", ".join(f"{name} ) {text}" for name, text in _OPTION.findall(row["options"]))
+    options = " ".join(row["options"].split())
     solution = str(row.get("Rationale") or "").strip().strip('"').strip()
     return Problem("", f"{row['Problem'].strip()}\n{options}", solution, row["correct"])
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int, Real
 from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
@@ -70,7 +71,9 @@ class Collator:
             batch["token_type_ids"] = _stack([row.token_types or [] for row in rows], width, 0)
         return batch
 
-    def _labels(self, rows: Sequence[Encoded], width: int) -> Tensor:
+    def _labels(
+        self, rows: Sequence[Encoded], width: int
+    ) -> Int[Tensor, "batch targets"] | Real[Tensor, " batch"]:
         if any(row.class_label is not None for row in rows):
             return _column(rows, "class_label")
         if any(row.decoder_labels is not None for row in rows):
@@ -94,7 +97,7 @@ def prepare(batch: dict[str, Any]) -> Prepared:
     )
 
 
-def count_tokens(batch: dict[str, Any]) -> Tensor:
+def count_tokens(batch: dict[str, Any]) -> Int[Tensor, ""]:
     """Return the real tokens of a batch, those of blank rows left out."""
     labels = batch["labels"]
     known = ~labels.isnan() if labels.is_floating_point() else labels != IGNORE
@@ -155,14 +158,14 @@ class Order(Sampler[int]):
         yield from range(self.num_rows, self.total)
 
 
-def _stack(rows: Sequence[Sequence[int]], width: int, fill: int) -> Tensor:
+def _stack(rows: Sequence[Sequence[int]], width: int, fill: int) -> Int[Tensor, "batch {width}"]:
     out = torch.full((len(rows), width), fill, dtype=torch.long)
     for index, row in enumerate(rows):
         out[index, : len(row)] = torch.as_tensor(row, dtype=torch.long)
     return out
 
 
-def _column(rows: Sequence[Encoded], name: str) -> Tensor:
+def _column(rows: Sequence[Encoded], name: str) -> Real[Tensor, " batch"]:
     """Return one number a row; floats if any row has a fractional one."""
     values = [getattr(row, name) for row in rows]
     if None in values:

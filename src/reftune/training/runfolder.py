@@ -211,6 +211,10 @@ class RunFolder:
         single = len(self.recipe.stages) == 1
         return self.checkpoints if single else self.checkpoints / f"stage-{index + 1}"
 
+    def constants(self, index: int) -> Path:
+        """Return where a stage (from 0) keeps what causal caching computed, until it is done."""
+        return self.path / "constants" / str(index + 1)
+
     def stage_artefact(self, index: int, kind: str) -> Path:
         """Return where the artefact of a stage (from 0) stands; the last one is the run's."""
         is_last = index == len(self.recipe.stages) - 1

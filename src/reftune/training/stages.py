@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from reftune.training.causal import Plan, Settings
     from reftune.training.encode import Rows
     from reftune.training.trainer import ReftTrainer
 
@@ -94,6 +96,49 @@ def _quiet(on: bool) -> Iterator[None]:
     finally:
         if on:
             transformers_logging.enable_progress_bar()
+
+
+def plans(recipe: Recipe, model: str | None = None) -> list[Plan]:
+    """Return what causal caching would do in each stage of a recipe; nothing is trained.
+
+    Args:
+        recipe: The recipe.
+        model: Another base model than the recipe's.
+    """
+    from reftune.model.build import apply_adapter
+    from reftune.training.causal import SAMPLE, make_plan
+    from reftune.training.collate import Collator, prepare
+    from reftune.training.encode import encode_all
+
+    if model is not None:
+        recipe = replace(recipe, model=replace(recipe.model, name=model))
+    recipe = check(recipe)
+    data = load_data(recipe)
+    base, tokenizer = load_model(recipe, data)
+    collate, found = Collator.of(tokenizer), []
+    for index, stage in enumerate(recipe.stages):
+        if not continues(recipe, index):
+            base = apply_adapter(base, stage.adapter, recipe.seed)
+        rows = encode_all(data.splits["train"], tokenizer, stage.max_len, kind=data.kind)
+        batches = [
+            prepare(collate(rows.rows[start : start + 16]))
+            for start in range(0, min(SAMPLE, len(rows)), 16)
+        ]
+        wanted = causal_settings(stage, len(rows), None)
+        plan = make_plan(base.train(), batches, wanted.mode, wanted.uses, len(rows), wanted.budget)
+        found.append(plan)
+    return found
+
+
+def causal_settings(stage: StageSpec, num_rows: int, folder: Path | None) -> Settings:
+    """Return what a stage says about causal caching; `folder` is where a store on disk lies."""
+    from reftune.training.causal import Settings
+
+    uses = stage.epochs
+    if stage.max_steps is not None:
+        uses = stage.max_steps * stage.batch_size / max(1, num_rows)
+    budget = None if stage.causal_budget is None else stage.causal_budget * 2**30
+    return Settings(stage.causal, uses, budget, folder if stage.causal_store == "disk" else None)
 
 
 def check(recipe: Recipe) -> Recipe:
@@ -257,6 +302,7 @@ def _train_stage(run: Run, index: int) -> None:
         path = _save(run, index) if is_main_process() else None
     if path is None:
         return
+    shutil.rmtree(run.folder.constants(index).parent, ignore_errors=True)
     summary = trainable_summary(run.model)
     run.folder.add_stage(
         {
@@ -267,6 +313,7 @@ def _train_stage(run: Run, index: int) -> None:
             "trainable_fraction": summary.trainable / max(1, run.base_parameters),
             "adapter_bytes": _bytes(path),
             "steps": result.global_step,
+            "causal": trainer.plan.mode if trainer.plan else "off",
             "train_seconds": writer.seconds,
             "validation_loss": _last_validation(trainer),
             "data": {name: split.summary() for name, split in rows.items()},
@@ -291,13 +338,15 @@ def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTr
     from reftune import objectives
     from reftune.training.arguments import arguments
     from reftune.training.collate import Collator
-    from reftune.training.progress import Progress
+    from reftune.training.progress import Counting, Progress
     from reftune.training.trainer import ReftTrainer
 
     recipe, stage = run.recipe, run.recipe.stages[index]
     objective = objectives.get(stage.objective)
     callbacks = [writer]
+    counting = None
     if run.progress:
+        counting = Counting("constants")
         title = stage.adapter.method
         if len(recipe.stages) > 1:
             title = f"stage {index + 1}/{len(recipe.stages)} {title}"
@@ -321,6 +370,8 @@ def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTr
         keep_best=stage.keep == "best",
         score=_scorer(run, stage) if stage.keep_by == "metric" else None,
         callbacks=callbacks,
+        causal=causal_settings(stage, len(rows["train"]), run.folder.constants(index)),
+        **({} if counting is None else {"counting": counting}),
     )
 
 

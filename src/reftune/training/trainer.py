@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jaxtyping import Int, Real
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback
@@ -31,12 +32,15 @@ from reftune.training import checkpoints
 from reftune.training.arguments import check_arguments
 from reftune.training.backward import disable_input_grads
 from reftune.training.callbacks import KeepBest
+from reftune.training.causal import Plan, Settings, settle
 from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
 from reftune.training.processes import leave_at_exit, with_one_label
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
+    from reftune.model.causal import Source
+    from reftune.model.run import Prepared
     from reftune.objectives.base import Objective
 
 log = logging.getLogger(__name__)
@@ -59,6 +63,8 @@ class ReftTrainer(Trainer):
         score: Name and function of a metric of the model on validation rows; the highest value is
             then the best, else the lowest validation loss.
         callbacks: Further callbacks.
+        causal: What to do about tokens and blocks that no edit can change; default nothing.
+        counting: Shows how far the store of constants is, called with (done, total).
 
     Raises:
         RecipeError: For settings that would silently change what is trained.
@@ -79,6 +85,8 @@ class ReftTrainer(Trainer):
         keep_best: bool = False,
         score: tuple[str, Callable[[], float]] | None = None,
         callbacks: Sequence[TrainerCallback] = (),
+        causal: Settings | None = None,
+        counting: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         check_arguments(args)
         if not any(p.requires_grad for p in model.parameters()):
@@ -90,10 +98,13 @@ class ReftTrainer(Trainer):
         self.undecayed = {n for n, p in model.named_parameters() if _is_undecayed(n, p)}
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         self._runner: Runner | None = None
+        self.causal, self.counting = causal or Settings("off"), counting
+        self.plan: Plan | None = None
+        self._source: Source | None = None
         self._saving_to: str | None = None
-        self._sums: dict[str, Tensor] = {}
-        self._weight: Tensor | float = 0.0
-        self.tokens_seen: Tensor | int = 0
+        self._sums: dict[str, Real[Tensor, ""]] = {}
+        self._weight: Real[Tensor, ""] | float = 0.0
+        self.tokens_seen: Int[Tensor, ""] | int = 0
         self._eval_total = 0
         disable_input_grads(model)
         super().__init__(
@@ -116,7 +127,7 @@ class ReftTrainer(Trainer):
         model: nn.Module,
         inputs: dict[str, Any],
         return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
+        num_items_in_batch: Int[Tensor, ""] | None = None,
     ) -> Any:
         """Return the objective's loss, scaled so that averaging over processes gives the sum.
 
@@ -144,7 +155,7 @@ class ReftTrainer(Trainer):
 
     def get_batch_samples(
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
-    ) -> tuple[list[Any], Tensor | None]:
+    ) -> tuple[list[Any], Int[Tensor, ""] | None]:
         """Return the batches of one optimiser step and its items over all processes."""
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
@@ -161,15 +172,15 @@ class ReftTrainer(Trainer):
 
     def _run_through(self, model: nn.Module) -> Runner:
         if self._runner is None or self._runner.model is not model:
-            self._runner = Runner(model)
+            self._runner = Runner(model, self._source)
         return self._runner
 
-    def _over_processes(self, counts: Tensor) -> Tensor:
+    def _over_processes(self, counts: Real[Tensor, " counts"]) -> Real[Tensor, " counts"]:
         if self.accelerator.num_processes == 1:
             return counts
         return self.accelerator.gather(counts[None]).sum(0)
 
-    def _note(self, metrics: dict[str, Any], weight: Tensor) -> None:
+    def _note(self, metrics: dict[str, Any], weight: Int[Tensor, ""]) -> None:
         """Add an objective's metrics (means over `weight` items) to those of this step."""
         for name, value in metrics.items():
             value = torch.as_tensor(value, device=weight.device).detach() * weight
@@ -257,7 +268,9 @@ class ReftTrainer(Trainer):
         output.metrics.update({f"{metric_key_prefix}_{k}": v for k, v in found.items()})
         return output
 
-    def _evaluated(self, sums: dict[str, Tensor], items: Tensor, prefix: str) -> EvalLoopOutput:
+    def _evaluated(
+        self, sums: dict[str, Real[Tensor, ""]], items: Real[Tensor, ""], prefix: str
+    ) -> EvalLoopOutput:
         if self.accelerator.num_processes > 1:  # a process may have seen blank rows only
             sums = {"loss": sums["loss"]}
         names = list(sums)
@@ -345,6 +358,7 @@ class ReftTrainer(Trainer):
         if not resume_from_checkpoint and self.args.should_save:
             shutil.rmtree(self.folder / checkpoints.BEST, ignore_errors=True)
         try:
+            self._settle()
             result = super().train(resume_from_checkpoint, **kwargs)
             best = checkpoints.best_so_far(self.folder) if self.keep_best else None
             if best is not None and best[0] != self.state.global_step:
@@ -361,8 +375,34 @@ class ReftTrainer(Trainer):
             self._restore()
         return result
 
+    def _settle(self) -> None:
+        """Decide what is held constant in this run, and compute it where it is kept."""
+        rows = self.train_dataset.rows
+        size = self.args.per_device_train_batch_size
+
+        def batches(number: int | None) -> Iterator[Prepared]:
+            chosen = range(len(rows) if number is None else min(number, len(rows)))
+            for start in range(0, len(chosen), size):
+                batch = self.data_collator([rows[i] for i in chosen[start : start + size]])
+                yield prepare(self._prepare_inputs(batch))
+
+        def loss(source: Source | None) -> Callable[[], Tensor]:
+            run, batch = Runner(self.model, source), next(batches(size))
+
+            def compute() -> Tensor:
+                with self.accelerator.autocast():
+                    return self.objective(run, batch, None).loss
+
+            return compute
+
+        self.plan, self._source = settle(
+            *(self.model, batches, len(rows), loss, self.causal),
+            around=self.accelerator.autocast,
+            progress=self.counting,
+        )
+
     def _restore(self) -> None:
-        self._runner = None
+        self._runner = self._source = None
         self.accelerator.unwrap_model(self.model, keep_fp32_wrapper=False)
         forward = self.model.__dict__.get("forward")
         if getattr(forward, "__func__", None) is type(self.model).forward:

@@ -1,0 +1,388 @@
+"""Causal caching is exact: gradients of the cached paths are those of plain hooks."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import transformers as hf
+from contracts.architectures import COMMON, GATED, VOCAB, build
+from torch.nn import functional as F
+
+import reftune
+from reftune.errors import ModelError
+from reftune.model import causal, off
+from reftune.model.run import Prepared, Runner
+from reftune.training.causal import Stored, difference
+from reftune.training.constants import Store
+
+FOUR = {**GATED, "num_hidden_layers": 4, "head_dim": 8}
+WINDOW = 8
+"""Sliding window, shorter than the prompts."""
+
+
+def qwen3_sliding():
+    return hf.Qwen3ForCausalLM(
+        hf.Qwen3Config(**FOUR, sliding_window=WINDOW, use_sliding_window=True, max_window_layers=2)
+    )
+
+
+def gemma3_sliding():
+    config = hf.Gemma3TextConfig(
+        **FOUR,
+        sliding_window=WINDOW,
+        query_pre_attn_scalar=8,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    )
+    return hf.Gemma3ForCausalLM(config)
+
+
+def bloom():
+    config = hf.BloomConfig(
+        vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0,
+        hidden_dropout=0.0, attention_dropout=0.0,
+    )  # fmt: skip
+    return hf.BloomForCausalLM(config)
+
+
+def llama_of(layers: int = 4, **values):
+    return hf.LlamaForCausalLM(hf.LlamaConfig(**{**FOUR, "num_hidden_layers": layers, **values}))
+
+
+EXTRA = {"qwen3_sliding": qwen3_sliding, "gemma3_sliding": gemma3_sliding, "bloom": bloom}
+NAMES = ("llama", *EXTRA, "gpt2", "opt")
+OTHERS = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "falcon")
+PLACES = ("last", "l4", "response", "generated:2")
+
+
+def model_of(name: str, positions: str = "l4", layers: object = "all", attention: str = ""):
+    torch.manual_seed(3)
+    made = EXTRA[name]() if name in EXTRA else build(name)
+    if attention:
+        made.set_attn_implementation(attention)
+    reftune.attach(made, reftune.LoreftConfig(rank=2), layers=layers, positions=positions)
+    return made.double().train()
+
+
+def batch(prompts=(20, 17, 14), answers: int = 4, seed: int = 0, side: str = "right") -> Prepared:
+    generator = torch.Generator().manual_seed(seed)
+    width = max(prompts) + answers
+    ids = torch.randint(4, VOCAB, (len(prompts), width), generator=generator)
+    mask, labels = torch.zeros_like(ids), torch.full_like(ids, -100)
+    for row, prompt in enumerate(prompts):
+        end = prompt + answers
+        place = slice(0, end) if side == "right" else slice(width - end, width)
+        mask[row, place] = 1
+        labels[row, place] = torch.where(torch.arange(end) < prompt, -100, ids[row, place])
+    return Prepared(ids * mask, mask, labels, prompt_lens=torch.tensor(prompts))
+
+
+def loss(model, source=None, prepared=None):
+    def compute():
+        out = Runner(model, source)(batch() if prepared is None else prepared)
+        return F.cross_entropy(out.logits, out.labels, reduction="sum")
+
+    return compute
+
+
+def source_of(model, mode: str):
+    if mode == "recompute":
+        return causal.Recompute(model)
+    return Stored(model, Store(1e9), start=mode == "start")
+
+
+def worst(model, mode: str, prepared=None) -> float:
+    source = source_of(model, mode)
+    return difference(model, loss(model, None, prepared), loss(model, source, prepared))
+
+
+# Test 1 of the design: gradients
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store", "start"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_plain_hooks(name, attention, mode):
+    for places in PLACES:
+        for layers in ("all", "late"):
+            model = model_of(name, places, layers, attention)
+            for prompts in ((20, 17, 14), (18, 18, 18)):
+                found = worst(model, mode, batch(prompts))
+                # Eager attention takes its softmax in single precision, whatever the model's.
+                limit = 1e-12 if attention == "sdpa" else 1e-6
+                assert found <= limit, (places, layers, prompts, found)
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_architectures_agree(name):
+    for mode in ("recompute", "start"):
+        assert worst(model_of(name, "last", "late"), mode) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store", "start"])
+def test_left_padding_and_a_row_without_prefix(mode):
+    model = model_of("llama", "l4")
+    # Plain left-padded rows have other positions, whose angles are in single precision.
+    assert worst(model, mode, batch(side="left")) <= 1e-6
+    assert worst(model, mode, batch((20, 3, 1))) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", ["recompute", "store", "start"])
+def test_single_precision_agrees_to_rounding(mode):
+    model = model_of("llama", "l4").float()
+    assert worst(model, mode) <= 1e-5
+
+
+def test_edits_inside_a_block_start_one_block_lower():
+    torch.manual_seed(0)
+    model = llama_of()
+    reftune.attach(model, "red", layers=[2, 3], site="mlp.up_proj", positions="last")
+    model = model.double().train()
+    assert causal.first_block(model) == 1
+    assert worst(model, "start") <= 1e-12 and worst(model, "recompute") <= 1e-12
+
+
+def test_explicit_masks_and_subjects_follow_their_tokens():
+    prepared = batch()
+    prepared.intervention_mask = torch.zeros_like(prepared.input_ids, dtype=torch.bool)
+    prepared.intervention_mask[:, 9:11] = True
+    prepared.subject_positions = torch.tensor([11, 8, 10])
+    for places, p0 in (("mask", [9, 9, 9]), ("subject_last", [11, 8, 10])):
+        model = model_of("llama", places)
+        assert causal.cut(model, prepared).p0.tolist() == p0
+        for mode in ("recompute", "store"):
+            assert worst(model, mode, prepared) <= 1e-12
+
+
+def test_a_label_before_the_edit_moves_the_cut():
+    model, prepared = model_of("llama", "generated:2"), batch()
+    assert causal.cut(model, prepared).p0.tolist() == [19, 16, 13]  # predicts the first label
+    prepared.labels[0, 5] = prepared.input_ids[0, 5]
+    assert causal.cut(model, prepared).p0.tolist() == [4, 16, 13]
+    assert worst(model, "recompute", prepared) <= 1e-12
+
+
+# Test 2: checkpointing
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_sliding"])
+def test_checkpointing_keeps_the_prefix(name, reentrant):
+    for places, prepared in (("l4", batch()), ("last", batch((12,), answers=1))):
+        model = model_of(name, places)
+        plain = backward(model, None, prepared)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        if reentrant:
+            model.enable_input_require_grads()
+        for mode in ("recompute", "store", "start"):
+            cached = backward(model, source_of(model, mode), prepared)
+            assert (plain - cached).abs().max() <= 1e-12 * plain.abs().max(), (places, mode)
+
+
+def backward(model, source, prepared):
+    model.zero_grad()
+    loss(model, source, prepared)().backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def test_a_prefill_in_training_mode_is_whole():
+    model = model_of("llama")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    suffix = causal.split(model, batch())
+    cache = causal.prefill(model, suffix.prefix)
+    assert cache.get_seq_length() == suffix.prefix.ids.shape[1] == 16
+    assert model.training and all(m.training for m in model.modules())
+
+
+# Test 3: a frozen prefix is read-only
+
+
+def test_two_passes_of_one_prefix_are_equal_and_leave_it_alone():
+    model, prepared = model_of("llama"), batch()
+    suffix = causal.split(model, prepared)
+    given = causal.Recompute(model)(suffix)
+    before = [layer.keys.clone() for layer in given.prefix.layers]
+    seen = []
+    for _ in range(2):
+        model.zero_grad()
+        loss(model, lambda suffix: given, prepared)().backward()
+        seen.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert all(torch.equal(a, b) for a, b in zip(*seen))
+    assert all(torch.equal(a, layer.keys) for a, layer in zip(before, given.prefix.layers))
+    assert not any(layer.keys.requires_grad for layer in given.prefix.layers)
+
+
+def test_one_prefill_serves_all_passes_over_the_same_prompts(monkeypatch):
+    model, prepared = model_of("llama"), batch()
+    count = []
+    real = causal.prefill
+    monkeypatch.setattr(causal, "prefill", lambda *a: count.append(1) or real(*a))
+    run = Runner(model, causal.Recompute(model))
+    first = run(prepared)
+    with off(model), torch.no_grad():
+        reference = run(prepared)
+    rejected = copy.copy(prepared)
+    rejected.input_ids = prepared.input_ids.clone()
+    rejected.input_ids[:, 20:] = rejected.input_ids[:, 20:].flip(1)  # another answer in row 0
+    run(rejected)
+    assert len(count) == 1
+    with off(model), torch.no_grad():
+        plain = Runner(model)(prepared)
+    assert torch.allclose(reference.logits, plain.logits, atol=1e-12)
+    assert not torch.allclose(reference.logits, first.logits, atol=1e-3)
+
+
+# Test 5: shared prompts and adapters
+
+
+def test_a_group_from_one_prefill_is_its_rows_alone():
+    model, prepared = model_of("llama"), batch((20,) * 8)
+    prepared.input_ids[:, :20] = prepared.input_ids[0, :20]
+    suffix = causal.split(model, prepared)
+    assert suffix.prefix.ids.shape == (1, 16)
+    assert worst(model, "recompute", prepared) <= 1e-12
+    assert worst(model, "start", prepared) <= 1e-12
+
+
+def test_adapters_share_a_prefix_and_differ_per_row():
+    model = model_of("llama")
+    reftune.attach(model, "red", name="other", layers="all", positions="last")
+    model.double()
+    prepared = batch((20, 20, 20))
+    with reftune.mix(model, ["default", "other", "__base__"]):
+        assert causal.cut(model, prepared).p0.tolist() == [16, 19, 19]
+        with torch.no_grad():
+            cached = Runner(model, causal.Recompute(model))(prepared)
+            plain = Runner(model)(prepared)
+    assert torch.allclose(cached.logits, plain.logits, atol=1e-12)
+
+
+# Test 6: refusals
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ("lora", "is trained too"),
+        ("dropout", "drops out in training"),
+        ("encoder", "bidirectional"),
+        ("seq2seq", "encoder-decoder"),
+        ("linear", "recurrent state"),
+        ("mamba", "recurrent state"),
+        ("base", "no intervention"),
+    ],
+)
+def test_what_is_not_constant_is_refused_by_name(change, reason):
+    assert reason in causal.obstacle(ineligible(change))
+
+
+def ineligible(change: str):
+    if change in ("encoder", "seq2seq"):
+        if change == "seq2seq":
+            model = build("t5")
+        else:
+            small = {k: v for k, v in COMMON.items() if k != "bos_token_id"}
+            model = hf.BertLMHeadModel(hf.BertConfig(**small, intermediate_size=64))
+        reftune.attach(model, "loreft", positions="f1")
+        return model.train()
+    if change == "mamba":
+        config = hf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
+        model = hf.MambaForCausalLM(config)
+        reftune.attach(model, "loreft", positions="l1")
+        return model.train()
+    if change == "base":
+        return build("llama").train()
+    if change == "dropout":
+        model = hf.GPT2LMHeadModel(
+            hf.GPT2Config(vocab_size=VOCAB, n_embd=32, n_layer=2, n_head=4, n_positions=64)
+        )
+        reftune.attach(model, "loreft", positions="last")
+        return model.train()
+    model = model_of("llama", "last")
+    if change == "linear":
+        model.config.layer_types = ["linear_attention", "full_attention", "full_attention"]
+    if change == "lora":
+        next(model.model.layers[0].parameters()).requires_grad_(True)
+    return model
+
+
+def test_nothing_is_cut_where_the_first_token_is_edited():
+    assert causal.split(model_of("llama", "f1+l1"), batch()) is None
+    late = causal.split(model_of("llama", "f1+l1", "late"), batch())
+    assert late.prefix is None and late.where.l0 > 0
+
+
+def test_packed_rows_and_holes_take_the_plain_path():
+    model, prepared = model_of("llama"), batch()
+    prepared.attention_mask[0, 3] = 0
+    assert causal.split(model, prepared) is None
+    packed = batch((20, 20))
+    packed.extra = {"position_ids": torch.arange(24).expand(2, 24)}
+    assert causal.split(model, packed) is None
+
+
+def test_a_skipped_block_that_is_read_is_an_error():
+    layer = causal.FrozenLayer(None, None, 4, None)
+    with pytest.raises(ModelError, match="causal: recompute"):
+        layer.update(torch.zeros(1, 1, 1, 2), torch.zeros(1, 1, 1, 2))
+
+
+# Test 7: nothing is left behind
+
+
+@pytest.mark.parametrize("mode", ["recompute", "start"])
+def test_nothing_stays_on_the_model_after_an_error(mode):
+    model = model_of("llama", "last", "late")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    before = [(dict(m.__dict__), len(m._forward_hooks)) for m in model.modules()]
+    suffix = causal.split(model, batch())
+    given = source_of(model, mode)(suffix)
+    with pytest.raises(KeyboardInterrupt), causal.running(model, suffix, given):
+        raise KeyboardInterrupt
+    for module, (attributes, hooks) in zip(model.modules(), before):
+        assert set(module.__dict__) == set(attributes), type(module)
+        assert len(module._forward_hooks) == hooks
+        assert "forward" not in module.__dict__
+    assert all(m.training for m in model.modules())
+
+
+def test_generation_is_as_before():
+    model = model_of("llama").eval()
+    ids = batch().input_ids[:1, :20]
+    before = model.generate(ids, max_new_tokens=5, do_sample=False)
+    worst(model.train(), "start")
+    after = model.eval().generate(ids, max_new_tokens=5, do_sample=False)
+    assert torch.equal(before, after)
+
+
+def test_another_forward_of_a_block_is_put_back():
+    model = model_of("llama", "last", "late")
+    block = model.model.layers[0]
+    own = block.forward
+    block.forward = own  # as accelerate leaves it
+    with causal.start_at(list(model.model.layers), 1, torch.zeros(1)):
+        assert block.__dict__["forward"] is not own
+    assert block.__dict__["forward"] == own
+
+
+# Test 9: padded columns
+
+
+def test_padded_columns_of_a_prefix_are_zero():
+    model = model_of("llama", attention="eager")
+    given = causal.Recompute(model)(causal.split(model, batch()))
+    for layer in given.prefix.layers:
+        assert torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()
+        assert not layer.keys[2, :, :6].any() and not layer.values[2, :, :6].any()
+        assert layer.keys[2, :, 6:].abs().sum(-1).gt(0).all()
+
+
+def test_lowest_precision_is_as_far_from_plain_as_plain_from_single():
+    """bf16 is compared with fp32, not bit for bit."""
+    model = model_of("llama").float()
+    exact = backward(model, None, batch())
+    model = model.bfloat16()
+    plain = backward(model, None, batch()).float()
+    cached = backward(model, causal.Recompute(model), batch()).float()
+    assert (cached - exact).norm() <= 1.5 * (plain - exact).norm() + 1e-3 * exact.norm()
