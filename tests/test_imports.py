@@ -15,7 +15,7 @@ import reftune
 quick = pytest.mark.quick
 SOURCE = Path(reftune.__file__).parent
 LEVELS = [
-    {"errors", "registry"},
+    {"errors", "registry", "intervals"},
     {"config", "interventions", "rewards"},
     {"nano", "tasks", "model"},
     {"objectives"},

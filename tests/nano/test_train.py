@@ -139,3 +139,40 @@ def test_warm_up_learns_and_leaves_the_model_alone() -> None:
         gates.answers(tuned, tokenizer, [item] * 2, temperature=0.01, max_new=8) == ["yes yes."] * 2
     )
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
+
+
+def test_training_goes_on_from_released_weights(tmp_path) -> None:
+    path = nano.path
+    run = open_run(tmp_path / "run", Settings(), weights=path("nano"))
+    record = json.loads((path("nano") / "training.json").read_text())
+    assert run.tokens == record["tokens"] and run.step == 0
+    assert run.settings.decay_start is None
+    assert run.settings.rate_at(run.step, run.tokens) < run.settings.rate / 100
+    wanted, _ = nano.load("nano", torch.float32)
+    for (name, a), (_, b) in zip(wanted.named_parameters(), run.model.named_parameters()):
+        assert torch.equal(a, b), name
+    run.train_step()
+    assert run.tokens > record["tokens"]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["gates", "--model", "nosuch"], 'No embedded model is called "nosuch"'),
+        (["gates", "--model", "nano-encoder"], "writes no answers"),
+        (["sample", "nosuch"], 'No sub-world is called "nosuch"'),
+        (["train", "--model", "nosuch", "--out", "x"], "Known: nano"),
+        (["train", "--resume", "--out", "nowhere"], "No checkpoint in"),
+        (["release", "--run", "nowhere"], "No checkpoint in"),
+    ],
+)
+def test_commands_name_what_is_wrong(words, says, tmp_path, monkeypatch, capsys) -> None:
+    from reftune.nano import __main__ as commands
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["reftune.nano", *words])
+    with pytest.raises(SystemExit) as stopped:
+        commands.main()
+    text = capsys.readouterr().err
+    assert stopped.value.code == 2 and says in text and "Traceback" not in text
+    assert not list(tmp_path.iterdir())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 
 def t_quantile(probability: float, degrees: float) -> float:
@@ -55,10 +54,3 @@ def _beta_share(x: float, a: float, b: float) -> float:
         if abs(1 - upper * lower) < 1e-15:
             break
     return math.exp(log_front) / a * (value - 1)
-
-
-def z_of(level: float) -> float:
-    """Return the standard normal quantile of a two-sided interval."""
-    if not 0 < level < 1:
-        raise ValueError(f"level must lie between 0 and 1, not {level}")
-    return NormalDist().inv_cdf((1 + level) / 2)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import random
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -58,15 +59,21 @@ def train(
     tokenizer_dir: Annotated[
         Path | None, typer.Option(help="Tokenizer of a new run; default: the packaged one.")
     ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="Go on from a released model: its name or folder.")
+    ] = None,
 ) -> None:
     """Train a base model: constant rate until --tokens or --minutes, or a decay branch."""
     _start()
+    from reftune.nano import NAMES, path
     from reftune.nano import train as training
 
     settings = training.Settings(
         model=model, plan=plan, rate=rate, step_tokens=step_tokens, seed=seed
     )
-    run = training.open_run(out, settings, resume, decay_from, tokenizer_dir)
+    _known(model)
+    begin = None if weights is None else path(weights) if weights in NAMES else Path(weights)
+    run = training.open_run(out, settings, resume, decay_from, tokenizer_dir, begin)
     last = training.train(run, tokens, minutes)
     typer.echo(f"Newest checkpoint: {last}")
 
@@ -86,6 +93,13 @@ def release(
     (folder / "gates.json").unlink(missing_ok=True)
     (folder / "README.md").write_text(make_card(folder.name, folder))
     typer.echo(f"Released to {folder}. Next: python -m reftune.nano card")
+
+
+def _known(model: str) -> None:
+    from reftune.nano import NAMES
+
+    if model not in NAMES:
+        raise ValueError(f'No embedded model is called "{model}". Known: {", ".join(NAMES)}.')
 
 
 def _print(rows: list[dict], title: str) -> None:
@@ -140,6 +154,9 @@ def _measure(name: str, weights: Path | None, quick: bool, show: bool) -> dict:
     from reftune.nano import path
     from reftune.nano.tokenizer import load_tokenizer
 
+    _known(name)
+    if name == "nano-encoder":
+        raise ValueError("nano-encoder writes no answers; its gates would have nothing to measure.")
     folder = weights or path(name)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype="auto").eval()
     n, samples_n = (200, 100) if quick else (1000, 1000)
@@ -199,6 +216,8 @@ def sample(
     """Print rendered items, so that the world can be read."""
     from reftune.nano import mix
 
+    if world not in ("all", *mix.WORLDS):
+        raise ValueError(f'No sub-world is called "{world}". Known: {", ".join(mix.WORLDS)}, all.')
     for name in mix.WORLDS if world == "all" else (world,):
         typer.secho(f"== {name}", bold=True)
         rng = random.Random(seed)
@@ -208,5 +227,14 @@ def sample(
             typer.echo(f"{mix.prompt_text(item)} {item.answer}".strip())
 
 
+def main() -> None:
+    """Run a command; what the user can mend is one line and exit code 2."""
+    try:
+        app()
+    except (ValueError, FileNotFoundError, FileExistsError) as error:
+        typer.echo(f"Error: {error}", err=True)
+        sys.exit(2)
+
+
 if __name__ == "__main__":
-    app()
+    main()

@@ -30,8 +30,9 @@ prompt = tokenizer("Question: What is 47 + 38? Answer:", return_tensors="pt")
 print(tokenizer.decode(model.generate(**prompt, max_new_tokens=32)[0], skip_special_tokens=True))
 ```
 
-`python -m reftune.nano train` and `release` make these weights again from code alone: seed {seed},
+`python -m reftune.nano train` and `release` make such weights again from code alone: seed {seed},
 peak rate {rate:g}, {step_tokens} tokens a step, AdamW, decay over the last {decay:.1f} M tokens.
+`train --weights {name}` goes on from these.
 """
 
 GATES_HEAD = """
@@ -68,11 +69,12 @@ def digests(n: int = 1000) -> dict[str, str]:
     Args:
         n: Items of each set.
     """
-    from reftune.nano.gates import DRAWS, draw_items
+    from reftune.nano.gates import DRAWS, GROUPS, draw_items
 
+    groups = tuple(f"{group} families" for group in GROUPS)
     others = ("fact recall, shown phrasings", "fact recall, withheld phrasings", "one hop")
     out = {}
-    for name in (*DRAWS, *others):
+    for name in (*DRAWS, *groups, *others):
         rows = [[item.question, item.answer, item.gold] for item in draw_items(name, n)]
         out[name] = hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16]
     return out

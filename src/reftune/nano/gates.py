@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from reftune.intervals import wilson
 from reftune.nano import facts, forward, guided, logs, packing, passages, stories, sums
 from reftune.nano.answering import answers
 from reftune.nano.item import Item
@@ -98,20 +99,6 @@ class Gate:
         }
 
 
-def wilson(hits: int, n: int) -> tuple[float, float]:
-    """Return the 95 % Wilson interval of a share.
-
-    >>> [round(end, 3) for end in wilson(50, 100)]
-    [0.404, 0.596]
-    """
-    if n == 0:
-        return 0.0, 1.0
-    z, p = 1.959964, hits / n
-    centre = (p + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return max(0.0, centre - half), min(1.0, centre + half)
-
-
 def share(name: str, right: Sequence[bool]) -> Gate:
     """Return a gate whose value is the share of True."""
     hits = sum(map(bool, right))
@@ -175,8 +162,16 @@ DRAWS: dict[str, Draw] = {
 """Evaluation sets that are plain draws; the name is the gate's."""
 
 
+GROUPS = ("new", "far", "half")
+"""Groups of families with an evaluation set of their own."""
+
+
 def draw_items(name: str, n: int) -> list[Item]:
     """Return the first `n` items of an evaluation set; the same ones in every process."""
+    for group in GROUPS:
+        if name.startswith(f"{group} families"):
+            rng = random.Random(f"gate-{group}")
+            return [_group(group)(rng) for _ in range(n)]
     rng = random.Random(f"gate-{name}")
     if name.startswith("fact recall"):
         kind = "shown" if "shown" in name else "withheld"
@@ -221,10 +216,9 @@ class Measure:
         """Measure a gate that is the share of right answers on one evaluation set."""
         return share(name, self.right(draw_items(name, self.n)))
 
-    def families(self, group: str, name: str) -> Gate:
+    def families(self, name: str) -> Gate:
         """Last-number accuracy on a group of families."""
-        rng = random.Random(f"gate-{group}")
-        items = [_group(group)(rng) for _ in range(self.n)]
+        items = draw_items(name, self.n)
         texts = answers(self.model, self.tokenizer, items)
         return share(name, [last_number(t) == i.gold for i, t in zip(items, texts, strict=True)])
 
@@ -242,7 +236,7 @@ class Measure:
         """Half families after a warm-up on 300 solutions: greedy, pass@16 at temperature 1."""
         rng = random.Random("gate-half")
         shown = [sums.item(sums.problem(rng, "train", "half")) for _ in range(300)]
-        items = [sums.item(sums.problem(rng, "test", "half")) for _ in range(self.samples_n)]
+        items = draw_items("half families after warm-up", self.samples_n)
         yield share("half families before warm-up", self.right(items))
         model = warm_up(self.model, self.tokenizer, shown)
         greedy = [
@@ -298,8 +292,8 @@ class Measure:
             yield self.plain(f"{name}, seen pairs")
             yield self.plain(f"{name}, unseen pairs")
         yield self.plain("drills, unseen pairs")
-        yield self.families("new", "new families, last number")
-        yield self.families("far", "far families, last number")
+        yield self.families("new families, last number")
+        yield self.families("far families, last number")
         yield from self.half()
         yield self.plain("solution shown: copied")
         yield self.plain("flaw named: shown")

@@ -14,6 +14,7 @@ import json
 import logging
 import math
 import os
+import random
 import time
 from collections import defaultdict
 from dataclasses import asdict, dataclass
@@ -148,6 +149,21 @@ class Run:
         self.sums.update(state["sums"])
         self.step, self.tokens = state["step"], state["tokens"]
 
+    def take(self, weights: Path) -> None:
+        """Go on from released weights: their tokens count, their optimiser is gone."""
+        from safetensors.torch import load_file
+
+        record = json.loads((weights / "training.json").read_text())
+        state = {n: t.float() for n, t in load_file(weights / "model.safetensors").items()}
+        missing, unknown = self.model.load_state_dict(state, strict=False)
+        tied = set(self.model._tied_weights_keys or ())
+        if unknown or set(missing) - tied:
+            raise ValueError(f"{weights} holds other parameters than {self.settings.model}.")
+        self.model.tie_weights()
+        self.tokens = record["tokens"]
+        self.mix.counts = dict(record["tokens_per_world"])
+        self.mix.rng = random.Random(f"mix-{self.settings.seed}-{self.tokens}")
+
     def next_documents(self) -> list[Document]:
         """Draw the documents of the next step; late in the decay branch also long ones."""
         settings = self.settings
@@ -238,8 +254,9 @@ def open_run(
     resume: bool = False,
     decay_from: Path | None = None,
     tokenizer_dir: Path | None = None,
+    weights: Path | None = None,
 ) -> Run:
-    """Start a run, continue one, or branch a decay off a checkpoint.
+    """Start a run, continue one, branch a decay off a checkpoint, or go on from weights.
 
     Args:
         out: Folder of the run.
@@ -247,6 +264,12 @@ def open_run(
         resume: Continue from the newest checkpoint in `out`.
         decay_from: Checkpoint a decay branch begins at.
         tokenizer_dir: Tokenizer of a new run; None takes the packaged one.
+        weights: Folder of released weights that a new run goes on from, with a new optimiser, its
+            own warm-up and items that were not drawn before.
+
+    Raises:
+        FileExistsError: If `out` holds a run already.
+        FileNotFoundError: If there is nothing to resume, or no weights.
     """
     source = newest(out) if resume else decay_from
     if not resume and list((out / "checkpoints").glob("tokens-*.pt")):
@@ -258,11 +281,17 @@ def open_run(
             settings = Settings(**{**state["settings"], "decay_start": state["tokens"]})
         own = source.parent.parent / "tokenizer"
         tokenizer_dir = own if own.is_dir() else tokenizer_dir
+    if source is None and weights is not None:
+        record = json.loads((weights / "training.json").read_text())
+        settings = Settings(**{**record["settings"], "decay_start": None})
+        tokenizer_dir = weights
     out.mkdir(parents=True, exist_ok=True)
     run = Run(out, settings, tokenizer_dir)
     run.tokenizer.save_pretrained(out / "tokenizer")
     if source is not None:
         run.restore(source)
+    elif weights is not None:
+        run.take(weights)
     return run
 
 
