@@ -1,4 +1,4 @@
-# make demo   install, then train an adapter and show what it learnt
+# make demo   install, then train an adapter and show what it learned
 # make test   install, then run the tests
 # make help   the rest
 #
@@ -91,6 +91,10 @@ results-gates: install FORCE
 ## results-speed      speed and memory; with PYREFT=interpreter beside pyreft
 results-speed: install FORCE
 	$(RUN) benchmarks/step.py $(SPEED) --publish $(if $(wildcard $(PYREFT)),--pyreft-python $(PYREFT))
+
+## results-causal     what causal caching saves, in time and memory
+results-causal: install FORCE
+	$(RUN) benchmarks/causal.py --publish
 
 ## results-parity     the same numbers as pyreft; needs PYREFT=interpreter
 results-parity: install FORCE

@@ -10,9 +10,10 @@ plain (hooks, the model's own loss on all logits), lean (logits at labels only),
     python benchmarks/causal.py --prompts 64 256 1024 --answers 8 32 128 --publish
     python benchmarks/causal.py --shape llama-3-8b --device cuda --dtype bfloat16 --rounds 10
 
-A row is a contender at one prompt and answer length; `ratio_to_lora` is seconds over those of PEFT
-LoRA r = 8 on q, v by its usual path, `ratio_to_plain` over LoReFT on set a by plain hooks. The rows
-named "ten epochs" compare whole trainings, the store's building included. `--json` prints
+A row is a contender at one prompt and answer length (`d`: 256/32); `ratio_to_lora` is seconds over
+those of PEFT LoRA r = 8 on q, v by its usual path, `ratio_to_plain` over LoReFT on set a by plain
+hooks; peaks are above weights and optimiser state, the store's own memory left out. The rows named
+"ten epochs" compare whole trainings, the store's building included. `--json` prints
 `{"rows", "goals", "settings", "versions"}`; `--publish` puts that into docs/results.json, section
 causal, and writes the page.
 """
@@ -38,15 +39,15 @@ ROWS_OF = {64: 8, 256: 4, 1024: 1}
 """Rows of a batch by prompt length."""
 
 GOALS = [
-    ("g store", (256, 32), "ratio_to_lora", 0.07),
-    ("g recompute", (256, 32), "ratio_to_lora", 0.5),
-    ("g store", (1024, 32), "ratio_to_lora", 0.03),
-    ("b store", (256, 32), "ratio_to_lora", 0.16),
-    ("b store", (1024, 32), "ratio_to_lora", 0.08),
-    ("ten epochs, g store", (256, 32), "ratio_to_plain", 0.25),
-    ("g store", (1024, 32), "peak_ratio_to_lora", 0.25),
+    ("g store", "256/32", "ratio_to_lora", 0.07),
+    ("g recompute", "256/32", "ratio_to_lora", 0.5),
+    ("g store", "1024/32", "ratio_to_lora", 0.03),
+    ("b store", "256/32", "ratio_to_lora", 0.16),
+    ("b store", "1024/32", "ratio_to_lora", 0.08),
+    ("ten epochs, g store", "256/32", "ratio_to_plain", 0.25),
+    ("g store", "1024/32", "ratio_of_peak_to_lora", 0.25),
 ]
-"""Contender, (prompt, answer), column, upper bar."""
+"""Contender, prompt/answer, column, upper bar."""
 
 
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
@@ -82,7 +83,8 @@ class Trained:
         import torch
 
         from reftune.model.run import Prepared, Runner
-        from reftune.training.causal import make_plan, make_source
+        from reftune.training.causal import make_source
+        from reftune.training.plan import make_plan
 
         self.model, self.device, self.mode = model.train(), device, mode
         if hasattr(model, "disable_input_require_grads"):
@@ -98,15 +100,12 @@ class Trained:
         self.optimiser = torch.optim.AdamW(trained, lr=1e-5, weight_decay=0.0)
 
     def forget(self) -> None:
-        """Empty the store, as before a training."""
-        from reftune.training.causal import make_source
-
+        """Forget all constants, as before a training."""
         if self.mode == "store":
             source = self.runner.source
             self.runner.source = type(source)(self.model, type(source.store)(1e12), source.start)
         elif self.mode == "recompute":
             self.runner.source = type(self.runner.source)(self.model)
-        del make_source
 
     def step(self) -> float:
         """Train one step; return the loss."""
@@ -196,14 +195,13 @@ def step_rows(base: Any, settings: Any, args: argparse.Namespace, rounds: int) -
         rows.append(
             {
                 "name": name,
-                "prompt": prompt,
-                "answer": answer,
+                "d": f"{prompt}/{answer}",
                 "rows": settings.rows,
                 "seconds": samples.median(name),
                 "peak_bytes": peaks[name],
                 "ratio_to_lora": samples.ratio(name, LORA),
                 "ratio_to_plain": samples.ratio(name, PLAIN),
-                "peak_ratio_to_lora": peaks[name] / peaks[LORA],
+                "ratio_of_peak_to_lora": peaks[name] / peaks[LORA],
             }
         )
     return rows
@@ -242,14 +240,13 @@ def epoch_rows(base: Any, settings: Any, epochs: int = 10, number: int = 3) -> l
     return [
         {
             "name": f"ten epochs, g {mode}",
-            "prompt": settings.width - settings.num_labels,
-            "answer": settings.num_labels,
+            "d": f"{settings.width - settings.num_labels}/{settings.num_labels}",
             "rows": settings.rows,
             "seconds": value,
             "peak_bytes": None,
             "ratio_to_lora": None,
             "ratio_to_plain": value / seconds["plain"],
-            "peak_ratio_to_lora": None,
+            "ratio_of_peak_to_lora": None,
         }
         for mode, value in seconds.items()
     ]
@@ -257,11 +254,11 @@ def epoch_rows(base: Any, settings: Any, epochs: int = 10, number: int = 3) -> l
 
 def judge(rows: list[dict]) -> list[dict]:
     """Return every goal with its value and whether it holds; None where it was not measured."""
-    table = {(row["name"], row["prompt"], row["answer"]): row for row in rows}
+    table = {(row["name"], row["d"]): row for row in rows}
     found = []
-    for name, (prompt, answer), column, bar in GOALS:
-        value = table.get((name, prompt, answer), {}).get(column)
-        goal = {"name": f"{name}, {prompt}/{answer}", "column": column, "bar": f"<= {bar}"}
+    for name, place, column, bar in GOALS:
+        value = table.get((name, place), {}).get(column)
+        goal = {"name": name, "d": place, "column": column, "bar": f"<= {bar}"}
         found.append({**goal, "value": value, "holds": None if value is None else value <= bar})
     return found
 
@@ -277,15 +274,15 @@ def show(result: dict[str, Any]) -> None:
             "-" if peak is None else f"{peak / 2**20:.0f}",
             *(
                 "-" if row[key] is None else f"{row[key]:.3f}"
-                for key in ("ratio_to_lora", "ratio_to_plain", "peak_ratio_to_lora")
+                for key in ("ratio_to_lora", "ratio_to_plain", "ratio_of_peak_to_lora")
             ),
         ]
-        place = f"{row['prompt']}/{row['answer']}"
-        print(f"{place:>14}  {row['name']:<24}" + "".join(f"{v:>11}" for v in values))
+        print(f"{row['d']:>14}  {row['name']:<24}" + "".join(f"{v:>11}" for v in values))
     for goal in result["goals"]:
         if goal["holds"] is not None:
             mark = "holds" if goal["holds"] else "MISSED"
-            print(f"{mark:>8}  {goal['value']:.3f}  {goal['name']}, {goal['column']} {goal['bar']}")
+            what = f"{goal['d']} {goal['name']}, {goal['column']} {goal['bar']}"
+            print(f"{mark:>8}  {goal['value']:.3f}  {what}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -334,6 +331,10 @@ def main(argv: list[str] | None = None) -> int:
         },
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
+    if args.publish:
+        from reftune.report.measured import publish_measured
+
+        publish_measured(result, "causal", command("benchmarks/causal.py", argv))
     if args.json:
         print(json.dumps(result, indent=2))
     else:

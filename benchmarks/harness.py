@@ -35,6 +35,13 @@ SHAPES: dict[str, dict[str, int]] = {
     },
     "512": {"hidden_size": 512, "intermediate_size": 1376, "num_attention_heads": 8},
     "1024": {"hidden_size": 1024, "intermediate_size": 2752, "num_attention_heads": 16},
+    "causal": {
+        "hidden_size": 512,
+        "intermediate_size": 1376,
+        "num_attention_heads": 8,
+        "num_key_value_heads": 2,
+        "vocab_size": 8192,
+    },
     "llama-3-8b": {
         "hidden_size": 4096,
         "intermediate_size": 14336,

@@ -8,13 +8,14 @@ import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 GENERATED = {ROOT / "docs" / "results.md", ROOT / "docs" / "results.json"}
 """Written by commands of the project; links to them are right before they are there."""
-NEEDS = re.compile(r"<!--\s*needs:\s*(\w+)\s*-->")
+NEEDS = re.compile(r"<!--\s*(needs|extra):\s*(\w+)\s*-->")
 FENCE = re.compile(r"^\s*```(\w*)\s*$")
 ENDS = ("|", "||", "&", "&&", ";")
 REDIRECTIONS = (">", ">>", "<", "2>")
@@ -30,6 +31,7 @@ class Block:
         language: What stands behind the fence.
         text: Its text.
         needs: What a comment before it says it needs; then it is only parsed.
+        extra: A package that a comment before it names; it runs where that is installed.
     """
 
     page: Path
@@ -37,6 +39,12 @@ class Block:
     language: str
     text: str
     needs: str = ""
+    extra: str = ""
+
+    @property
+    def runs(self) -> bool:
+        """Whether it can run here."""
+        return not self.needs and (not self.extra or find_spec(self.extra) is not None)
 
     @property
     def place(self) -> str:
@@ -46,10 +54,17 @@ class Block:
 
 @dataclass(frozen=True)
 class Command:
-    """One command of a shell block, without pipes and redirections."""
+    """One command of a shell block, without pipes and redirections.
+
+    Attributes:
+        place: Page and line.
+        words: The command.
+        runs: Whether the tests run it; on pages that commands write they only read it.
+    """
 
     place: str
     words: tuple[str, ...]
+    runs: bool = True
 
     def __str__(self) -> str:
         return f"{self.place} {shlex.join(self.words)}"
@@ -64,15 +79,16 @@ def blocks(language: str) -> tuple[Block, ...]:
 def _read(page: Path) -> Iterator[Block]:
     lines = page.read_text(encoding="utf-8").splitlines()
     opened, last = 0, ""
-    language = needs = ""
+    language, marks = "", {}
     for number, line in enumerate(lines, 1):
         fence = FENCE.match(line)
         if fence and not opened:
             found = NEEDS.search(last)
-            opened, language, needs = number + 1, fence[1], found[1] if found else ""
+            opened, language = number + 1, fence[1]
+            marks = {found[1]: found[2]} if found else {}
         elif fence:
             text = "\n".join(lines[opened - 1 : number - 1])
-            yield Block(page, opened, language, text + "\n", needs)
+            yield Block(page, opened, language, text + "\n", **marks)
             opened = 0
         last = line or last
     assert not opened, f"{page}: the block that begins before line {opened} is not closed"
@@ -86,7 +102,8 @@ def commands() -> tuple[Command, ...]:
         text = block.text.replace("\\\n", "  ")
         for offset, line in enumerate(text.splitlines()):
             place = f"{block.page.relative_to(ROOT)}:{block.line + offset}"
-            found += [Command(place, words) for words in _commands(line)]
+            runs = block.runs and block.page not in GENERATED
+            found += [Command(place, words, runs) for words in _commands(line)]
     return tuple(found)
 
 

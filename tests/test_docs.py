@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 import re
 import runpy
 import shutil
@@ -13,6 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
+from docs_commands import Desk
 from docs_parts import (
     GENERATED,
     PAGES,
@@ -87,12 +89,14 @@ def run_block(block: Block, module: types.ModuleType) -> None:
     """Run a block with its lines where they stand on the page; parse it if it needs something."""
     source = "\n" * (block.line - 1) + block.text
     code = compile(source, str(block.page), "exec", dont_inherit=True)
-    if not block.needs:
+    if block.runs:
         exec(code, module.__dict__)
 
 
-@pytest.mark.parametrize("name", ["trainer", "many_adapters", "own_intervention"])
+@pytest.mark.parametrize("name", ["trainer", "many_adapters", "own_intervention", "trl_sft"])
 def test_examples_run(name, in_folder, monkeypatch):
+    if name == "trl_sft":
+        pytest.importorskip("trl")
     more = ["--rows", "2"] if name == "own_intervention" else []
     words = [f"{name}.py", "--steps", "1", "--out", "out", *more]
     monkeypatch.setattr(sys, "argv", words)
@@ -148,6 +152,7 @@ def understood(arguments: list[str]) -> None:
 def check_values(name: str, values: dict) -> None:
     """Check recipes, changes, tasks and grids that a command line names."""
     changes = list(values.get("set_") or values.get("overrides") or [])
+    changes += [f"task.{option}" for option in values.get("option") or []]
     for text in values.get("grid") or []:
         from reftune.cli.sweep import parse_grid
 
@@ -157,7 +162,7 @@ def check_values(name: str, values: dict) -> None:
     if name == "eval" and values["task"]:
         from reftune.cli.common import task_spec
 
-        task_spec(values["task"], None, values["option"] or [], {})
+        task_spec(values["task"], None, [c for c in changes if c.startswith("task.")], {})
     if name == "recipes" and values["show"]:
         find(values["show"])
     source = values.get("recipe") or values.get("data")
@@ -212,6 +217,28 @@ def test_light_commands_run(command: Command, in_folder, capsys):
     assert capsys.readouterr().out.strip()
 
 
+@pytest.fixture
+def desk(in_folder):
+    root, own = logging.getLogger(), logging.getLogger("reftune")
+    before = (list(root.handlers), root.level, own.level)
+    yield Desk(in_folder)
+    root.handlers[:], root.level, own.level = before
+
+
+@pytest.mark.slow
+def test_commands_run(desk):
+    chosen = {command.words: command for command in COMMANDS if command.runs}
+    assert len(chosen) >= 55
+    failed = {str(command): desk.run(words) for words, command in chosen.items()}
+    assert {name: reason for name, reason in failed.items() if reason} == {}
+
+
+@quick
+def test_few_commands_are_only_read():
+    marked = [c.words[0] for c in COMMANDS if not c.runs and not c.place.startswith("docs/results")]
+    assert sorted(marked) == ["pip", "pip", "python"]
+
+
 @quick
 def test_a_wrong_command_is_found():
     for line in ("train demo --sett a=1", "trian demo", "train demo --set adapter.rnak=2"):
@@ -241,6 +268,12 @@ def test_recipes_parse(path):
 @quick
 def test_recipes_say_what_was_measured():
     assert [item.name for item in shipped() if not (item.title and item.measured)] == []
+
+
+@quick
+def test_recipes_are_described_by_a_whole_sentence():
+    titles = {item.name: item.title for item in shipped()}
+    assert {name: title for name, title in titles.items() if not title.endswith(".")} == {}
 
 
 @quick
@@ -276,6 +309,12 @@ def test_named_files_exist(page):
     pattern = r"(?<![\w/.])(?:recipes|examples|benchmarks|tests|src)/[\w./-]+\.(?:ya?ml|py)\b"
     named = set(re.findall(pattern, page.read_text("utf-8")))
     assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
+@quick
+def test_one_spelling():
+    places = [*PAGES, *RECIPES, *(ROOT / "src" / "reftune" / "cli").glob("*.py")]
+    assert [str(place) for place in places if "learnt" in place.read_text("utf-8")] == []
 
 
 @quick

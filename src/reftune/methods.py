@@ -15,6 +15,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
+import yaml
+
 from reftune.config import options
 from reftune.config.shipped import shipped
 
@@ -190,8 +192,24 @@ def _file(target: str) -> str:
     return module.removeprefix("reftune.").replace(".", "/") + ".py"
 
 
+@cache
+def _measured() -> dict[str, str]:
+    """Return the first recipe that was run here for each method, without loading the methods."""
+    found: dict[str, str] = {}
+    for item in shipped():
+        values = yaml.safe_load(item.path.read_text(encoding="utf-8"))
+        for stage in values.get("stages") or [values]:
+            adapter = stage.get("adapter") or {}
+            method = adapter if isinstance(adapter, str) else adapter.get("method", "")
+            if not item.measured.startswith("not run here"):
+                found.setdefault(method, item.name)
+    return found
+
+
 def _recipe(name: str) -> str:
-    """Return the shipped recipe that shows a method: called so, or beginning so."""
+    """Return the shipped recipe that shows a method: run here with it, called or beginning so."""
+    if name in _measured():
+        return _measured()[name]
     names = [item.name for item in shipped()]
     parts = {recipe: recipe.rpartition("/")[2] for recipe in names}
     exact = [recipe for recipe, last in parts.items() if last == name]

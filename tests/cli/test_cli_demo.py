@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 
 import pytest
 
-from reftune.cli.demo import COMMAND, _lora, conclude, require_replaceable
+from reftune.cli.demo import COMMAND, _lora, conclude, lora_rank, require_replaceable
 from reftune.config.loader import dump, load
 from reftune.config.shipped import find
 from reftune.errors import RecipeError
@@ -72,3 +73,42 @@ def test_its_reports_are_marked_and_can_be_published(recipe, tmp_path):
     assert rows["demo/lora"].mean == 0.6 and rows["demo/lora"].trainable == 7
     assert rows["demo/loreft"].mean == 0.7 and rows["demo/base"].mean == 0.7
     assert (tmp_path / "x" / "plots" / "demo.png").is_file()
+
+
+SMALL = ("max_steps=1", "batch_size=2", "task.train_size=2", "task.test_size=2", "max_len=192",
+         "evaluation.max_new_tokens=2")  # fmt: skip
+PROMISED = {
+    "base_accuracy", "base_format_accuracy", "adapter_accuracy", "trainable_parameters",
+    "trainable_fraction", "adapter_bytes", "train_seconds",
+}  # fmt: skip
+
+
+def test_a_small_demo_from_end_to_end(cli, tmp_path):
+    changes = [word for change in SMALL for word in ("--set", change)]
+    code, out, err = cli("demo", *changes)
+    assert code == 0, err
+    folder = tmp_path / "runs" / "demo"
+    report = json.loads((folder / "report.json").read_text("utf-8"))
+    assert report.keys() >= PROMISED
+    assert all(isinstance(report[key], int | float) for key in PROMISED)
+    assert report["trainable_parameters"] == 24_640
+    assert report["trainable_fraction"] == pytest.approx(0.00658, abs=1e-4)
+    assert report["adapter_bytes"] == (folder / "adapter/adapter_model.safetensors").stat().st_size
+    assert report["rivals"]["lora"]["trainable_parameters"] == 25_600
+    assert all(word in out for word in ("base, frozen", "lora", "loreft", "demo.png"))
+    for name in ("plots/demo.png", "report.md", "predictions.jsonl"):
+        assert (folder / name).is_file()
+    assert cli("demo", *changes, "--set", "adapter.rank=2")[0] == 0  # replaces its own
+    rival = Report.read(folder.with_name("demo-lora"))
+    assert (Report.read(folder).trainable_parameters, rival.trainable_parameters) == (6_160, 5_120)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "rank"),
+    [("loreft", {"rank": 8}, 5), ("loreft", {"rank": 16}, 10), ("red", {}, 1)],
+)
+def test_lora_has_as_many_parameters(recipe, method, options, rank):
+    adapter = replace(recipe.stages[0].adapter, method=method, options=options)
+    assert lora_rank(recipe, adapter) == rank
+    changed = replace(recipe, stages=[replace(recipe.stages[0], adapter=adapter)])
+    assert _lora(changed).stages[0].adapter.options == {"rank": rank}

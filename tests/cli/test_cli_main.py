@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -63,7 +65,7 @@ def test_usage_errors_are_one_line_with_the_next_step(cli):
         (DataError("rows.csv is empty."), 3, "rows.csv is empty. -> docs/errors.md#data"),
         (SiteError("No block."), 4, "No block."),
         (TrainingError("NaN."), 5, "NaN."),
-        (ValueError("odd\nsecond"), 1, "Unexpected ValueError: odd Run again with --debug"),
+        (ValueError("odd\nsecond"), 1, "Unexpected ValueError: odd. Run again with --debug"),
         (OSError(28, "No space left on device"), 5, "No space left on the device"),
         (RuntimeError("write: No space left on device (os error 28)"), 5, "No space left on the"),
         (PermissionError(13, "Permission denied", "/x"), 1, "PermissionError: "),
@@ -81,10 +83,25 @@ def test_errors_become_one_line_and_a_code(cli, monkeypatch, error, code, text):
     assert "Traceback" not in err
     got, out, _ = cli("methods", "--json")
     assert json.loads(out)["error"]["exit_code"] == code
-    with pytest.raises(type(error)):
-        entry.main(["--debug", "methods"])
-    with pytest.raises(type(error)):
-        entry.main(["methods", "--debug"])
+    for words in (("--debug", "methods"), ("methods", "--debug")):
+        got, _, err = cli(*words)
+        assert got == code and "Traceback" in err and "failing" in err and text in err
+
+
+def test_only_training_is_said_to_go_on():
+    full = OSError(28, "No space left on device")
+    assert "--resume" in entry.translate(full, "train").remedy
+    assert "--resume" not in entry.translate(full, "report").remedy
+
+
+def test_a_terminal_without_utf_8_is_written_to():
+    done = subprocess.run(
+        [sys.executable, "-m", "reftune", "methods"],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        timeout=120,
+    )
+    assert done.returncode == 0 and b"loreft" in done.stdout, done.stderr
 
 
 def test_no_space_is_found_behind_other_errors():
@@ -107,6 +124,58 @@ def test_interrupts_exit_with_130(cli, monkeypatch):
     code, out, err = cli("methods")
     assert (code, out) == (130, "")
     assert "Interrupted" in err
+
+
+def test_the_end_of_a_damaged_file_is_no_interrupt(cli, monkeypatch):
+    def ended(*_, **__):
+        raise EOFError("Compressed file ended before the end-of-stream marker was reached")
+
+    monkeypatch.setattr("reftune.methods.catalogue", ended)
+    code, _, err = cli("methods")
+    assert code == 1 and "Interrupted" not in err and "Compressed file ended" in err
+
+
+@pytest.mark.parametrize(
+    ("signals", "code", "text"),
+    [
+        (["SIGINT"] * 3, 130, "reftune: Interrupted."),
+        (["SIGTERM"], 143, "reftune: Terminated."),
+    ],
+)
+def test_signals_end_a_command_with_one_message(signals, code, text):
+    script = (
+        "import signal, time\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # ignored under `nohup`
+        "import reftune.methods\n"
+        "from reftune.cli import main\n"
+        "def slow(*_):\n"
+        "    print('ready', flush=True)\n"
+        "    try:\n"
+        "        time.sleep(60)\n"
+        "    finally:\n"
+        "        time.sleep(0.3)\n"  # what cleans up is not disturbed
+        "reftune.methods.catalogue = slow\n"
+        "main.run(['methods'])\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "ready\n"
+    for name in signals:
+        process.send_signal(getattr(signal, name))
+        time.sleep(0.05)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert err.startswith(text) and err.count("\n") == 1
+
+
+def test_ctrl_c_before_the_verb_is_reported(cli, monkeypatch):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(entry.Group, "make_context", stopped)
+    code, _, err = cli("methods")
+    assert code == 130 and "Interrupted" in err
 
 
 def test_a_closed_pipe_is_no_error():
@@ -135,6 +204,7 @@ def test_methods_lists_all_nine_systems_honestly(cli):
     ]
     assert rows["loreft"]["status"] == "available"
     assert rows["loreft"]["file"] == "interventions/loreft.py"
+    assert rows["loreft"]["recipe"] == "demo"  # one that was run here
     for name in systems:
         assert rows[name]["source"]
         assert (rows[name]["status"] == "available") == bool(rows[name]["file"])
@@ -184,6 +254,18 @@ def test_light_verbs_do_not_load_torch():
         "assert codes == [0, 0, 0], codes\n"
         "heavy = {'torch', 'transformers', 'datasets', 'matplotlib'} & set(sys.modules)\n"
         "assert not heavy, heavy"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+
+
+def test_checking_a_recipe_does_not_load_transformers(recipe_file):
+    code = (
+        "import sys\nfrom reftune.config.loader import load\n"
+        f"load({str(recipe_file)!r})\n"
+        "assert 'transformers' not in sys.modules"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ, timeout=120

@@ -174,4 +174,93 @@ def test_convert_passes_words_on(cli, monkeypatch):
     monkeypatch.setattr("reftune.model.convert.convert_pyreft", fake)
     code, out, _ = cli("convert", "old", "new", "-m", "nano", "-p", "f1+l1")
     assert code == 0 and "rank 4, 2 layers" in out and "1.0e-07" in out
-    assert seen == [("old", "new", "nano", "f1+l1")]
+    assert seen == [("old", "new", "nano", "f1+l1", "none")]
+
+
+def test_convert_says_which_file_is_damaged(cli, model_folder):
+    Path("old").mkdir()
+    name = "intkey_layer_0_comp_block_output_unit_pos_nunit_1#0.bin"
+    words = ("convert", "old", "new", "-m", model_folder, "-p", "l1")
+    for content in (b"", b"no checkpoint", b"PK\x03\x04 cut off", b"\x80\x02}q\x00."):
+        Path("old", name).write_bytes(content)
+        code, _, err = cli(*words)
+        assert code == 4 and f"old/{name} " in err and "again with pyreft" in err, err
+    Path("old", "config.json").write_text("{")
+    code, _, err = cli(*words)
+    assert code == 4 and "old/config.json cannot be read: it is damaged" in err
+    assert not Path("new").exists()
+
+
+def test_folders_of_the_adapters_library_are_refused_by_name(cli, trained):
+    config = {
+        "config": {"architecture": None, "r": 4, "prefix_positions": 3},
+        "hidden_size": 32,
+        "model_class": "LlamaForCausalLM",
+        "model_name": "meta-llama/Llama-3.2-1B",
+        "model_type": "llama",
+        "name": "task",
+    }
+    for number, version in enumerate(({}, {"version": "adapters.1.3.0"})):
+        folder = Path(f"theirs{number}")
+        folder.mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(config | version))
+        (folder / "pytorch_adapter.bin").write_bytes(b"")
+        for words in (
+            ("generate", folder, "a"),
+            ("eval", folder, "--task", "held.jsonl"),
+            ("chat", trained, "--adapter", f"other={folder}"),
+            ("convert", folder, "new", "-m", "nano", "-p", "l1"),
+        ):
+            code, _, err = cli(*words)
+            assert code == 4 and f'{folder} holds the adapter "task" of the adapters libr' in err
+
+
+def test_set_and_option_mean_the_same_everywhere(cli, recipe_file, model_folder):
+    rows = [{"q": f"{i}+{i}=", "a": f" {2 * i}"} for i in range(4)]
+    Path("named.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = ("--option", "prompt=q", "-o", "completion=a")
+    changes = ("--set", "task.prompt=q", "--set", "task.completion=a")
+    for words in (
+        ("inspect", "named.jsonl", "-m", model_folder, "--json"),
+        ("eval", model_folder, "--task", "named.jsonl", "--max-new-tokens", 1, "--json"),
+    ):
+        made = [json.loads(cli(*words, *more)[1]) for more in (options, changes)]
+        if words[0] == "inspect":
+            assert made[0] == made[1]
+        else:
+            assert made[0]["report"]["figures"] == made[1]["report"]["figures"]
+
+
+def test_eval_changes_what_scoring_reads(cli, trained):
+    def scored(*words):
+        code, shown, err = cli("eval", trained, "--json", *words)
+        assert code == 0, err
+        return json.loads(shown)["report"]
+
+    made = scored("--set", "evaluation.top_p=0.5", "--temperature", 0.7, "--set", "seed=7")
+    assert made["seed"] == 7 and made["evaluation"]["top_p"] == 0.5
+    assert made["evaluation"]["temperature"] == 0.7
+    assert scored("--num-beams", 2, "--top-k", 3)["evaluation"]["num_beams"] == 2
+    assert scored("--set", "evaluation.split=validation")["split"] == "validation"
+    assert scored("--set", "task.test_size=3")["figures"]["accuracy"]["n"] == 3
+    code, _, err = cli("eval", trained, "--set", "adapter.rank=3")
+    assert code == 2 and '"adapter.rank" is nothing that scoring reads' in err
+    code, _, err = cli("eval", trained, "--num-beams", 2, "--temperature", 1)
+    assert code == 2 and "2 beams cannot be sampled from" in err
+    code, _, err = cli("eval", trained, "--set", "evaluation.topp=1")
+    assert code == 2 and "top_p" in err
+
+
+def test_doctor_checks_a_recipe_against_a_model(cli, recipe_file, model_folder):
+    code, shown, _ = cli("doctor", "--recipe", recipe_file)
+    assert code == 0 and f"recipe {recipe_file} loreft on" in shown
+    text = recipe_file.read_text()
+    for change, message in (
+        (("rank: 2", "rank: 500"), "rank 500 is larger than the width 32"),
+        (("rank: 2", "rank: 2, layers: 0-20"), "Layer 20 in '0-20' does not exist"),
+        (("max_steps: 2", "max_steps: 2\nmax_len: 600"), "max_len is 600; the context of"),
+    ):
+        recipe_file.write_text(text.replace(*change))
+        assert cli("doctor", "--recipe", recipe_file)[0] == 0
+        code, _, err = cli("doctor", "--model", model_folder, "--recipe", recipe_file)
+        assert code in (2, 4) and message in err, err

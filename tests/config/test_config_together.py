@@ -98,3 +98,24 @@ def test_a_task_by_itself_needs_no_training_rows():
         task_of({"name": "sst2", "test_size": 0})
     with pytest.raises(RecipeError, match="unknown key"):
         task_of({"name": "families"}, ["task.stlye=prose"])
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ("seed=99999999999999999999", "is above 4.29497e"),
+        ("optimiser.lr=1e38", "is above 100"),
+        ("threads=100000", "is above"),
+        ("adapter.positions=f99999999999999999999", "more tokens than any prompt"),
+        ("adapter.positions=generated:99999999999999999999", "more tokens than any prompt"),
+    ],
+)
+def test_numbers_no_run_can_mean_are_refused(change, says):
+    with pytest.raises(RecipeError) as caught:
+        loads("model: nano\ntask: families\nadapter: {method: loreft}", [change])
+    assert any(says in str(fault) for fault in caught.value.faults), caught.value.faults
+
+
+def test_a_recipe_that_holds_itself_is_refused():
+    with pytest.raises(RecipeError, match="holds itself"):
+        loads("a: &a [*a]")

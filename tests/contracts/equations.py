@@ -70,7 +70,7 @@ EQUATIONS = {
     "lobireft": Equation(_lobireft, lambda d, r: r * d + r, rotated=True),
     "red": Equation(_red, lambda d, r: 2 * d, settings={}),
 }
-METHODS = tuple(EQUATIONS)
+"""Of the methods in this project; others that are installed go through the matrix without one."""
 
 
 def tensors(intervention: nn.Module) -> dict[str, Tensor]:

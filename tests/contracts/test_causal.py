@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import reftune
 from reftune.errors import ModelError
 from reftune.model import causal, off
+from reftune.model.obstacles import obstacle
 from reftune.model.run import Prepared, Runner
 from reftune.training.causal import Stored, difference
 from reftune.training.constants import Store
@@ -274,7 +275,7 @@ def test_adapters_share_a_prefix_and_differ_per_row():
     ],
 )
 def test_what_is_not_constant_is_refused_by_name(change, reason):
-    assert reason in causal.obstacle(ineligible(change))
+    assert reason in obstacle(ineligible(change))
 
 
 def ineligible(change: str):

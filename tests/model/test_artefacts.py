@@ -179,6 +179,17 @@ def test_foreign_folders(saved, tmp_path):
     refused(empty, "lacks lora/")
 
 
+@pytest.mark.parametrize("version", [None, "adapters.1.3.0"])
+def test_folders_of_the_adapters_library_are_refused_by_name(tmp_path, version):
+    config = {"config": {"r": 4}, "model_class": "LlamaForCausalLM", "name": "task"}
+    config |= {"version": version} if version else {}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config))
+    (tmp_path / "pytorch_adapter.bin").write_bytes(b"")
+    refused(tmp_path, 'holds the adapter "task" of the adapters library')
+    with pytest.raises(AdapterError, match="of the adapters library"):
+        describe(tmp_path)
+
+
 def test_a_wrong_base_model_is_named(saved):
     folder, _ = saved
     refused(folder, r"width 32 \(this model has 16\)", llama(hidden_size=16))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
+import tomllib
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +15,11 @@ from contracts.architectures import DIM, batch, build, forward
 from contracts.equations import disturb
 from contracts.helpers import attached, equal, interventions, wrapped
 from peft import PeftConfig, PeftModel, PeftType
+from safetensors.torch import load_file, save_file
 
 from reftune import LoreftConfig, RedConfig, ReftConfig, get_peft_model
 from reftune.errors import AdapterError, PositionError
+from reftune.model import face
 from reftune.model.adapters import adapter_names
 
 pytestmark = pytest.mark.quick
@@ -333,3 +338,32 @@ def test_the_classification_head_trains_and_is_saved(name, tmp_path):
         input_ids=ids, attention_mask=mask, labels=torch.tensor([0, 1, 2])
     ).loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_peft_loads_no_adapter_with_weights_missing_or_left_over(tmp_path):
+    """PEFT itself would warn, and leave untrained weights in their place."""
+    adapter().save_pretrained(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(file)
+    key = next(key for key in tensors if key.endswith("reft_bias"))
+    fewer = {k: v for k, v in tensors.items() if k != key}
+    renamed = {k.replace("reft_bias", "bias"): v for k, v in tensors.items()}
+    for saved, message in ((fewer, "1 missing, 0 without"), (renamed, "3 missing, 3 without")):
+        save_file(saved, file)
+        with pytest.raises(AdapterError, match=message):
+            PeftModel.from_pretrained(build("llama"), tmp_path)
+        model = wrapped(build("llama"), "loreft", name="other", positions=POSITIONS)
+        with pytest.raises(AdapterError, match=message):
+            model.load_adapter(tmp_path, adapter_name="second")
+
+
+def test_a_peft_that_would_load_untrained_weights_is_refused():
+    for old in ("0.19.1", "0.20.0", "0.20.1.dev0"):
+        with pytest.raises(AdapterError, match=f"PEFT {old} is installed.*0.21 or newer.*-U 'peft"):
+            face._check_peft(old)
+    for new in ("0.21.0", "0.21.0.dev0", "1.0"):
+        face._check_peft(new)
+    file = Path(__file__).parents[2] / "pyproject.toml"
+    needs = tomllib.loads(file.read_text("utf-8"))["project"]["dependencies"]
+    bound = next(re.fullmatch(r"peft>=([\d.]+)", need) for need in needs if "peft" in need)
+    assert tuple(map(int, bound[1].split("."))) == face.OLDEST_PEFT

@@ -306,3 +306,22 @@ def test_a_choice_that_matches_nothing_is_an_error(caplog):
         code = grids.main(["recipes/grids/families.yaml", "--only", "nothing", "--list"])
     assert code == 2 and "families/loreft" in caplog.text
     assert grids.main(["recipes/grids/families.yaml", "--only", "direft", "--list"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("only", "rows"),
+    [
+        ("families/loreft", {"families/loreft"}),
+        ("loreft", {"families/loreft"}),
+        ("loreft*", {"families/loreft", "families/loreft-prompt"}),
+        ("families/*prompt", {"families/loreft-prompt"}),
+        ("families/lore", set()),
+    ],
+)
+def test_a_row_is_chosen_by_its_whole_name(plan, capsys, only, rows):
+    more = "  - {name: loreft-prompt, method: loreft, set: {adapter.positions: f5+l5}}\n"
+    plan.write_text(plan.read_text() + more)
+    code = grids.main([str(plan), "--only", only, "--list"])
+    assert code == (0 if rows else 2)
+    listed = capsys.readouterr().out.splitlines()[:-1]
+    assert {line.split()[0] for line in listed} == rows

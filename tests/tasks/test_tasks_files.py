@@ -131,3 +131,42 @@ def test_a_broken_parquet_file_is_reported(tmp_path):
 def test_a_missing_field_names_the_nearest_one():
     with pytest.raises(DataError, match=r'x.jsonl, line 4: no field "promt".*"prompt"'):
         value({"prompt": "", LINE: 4}, "promt", "x.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ('{"a": "\\ud800"}', "half a character"),
+        ('{"a": ' + "9" * 5000 + "}", "a number that cannot be read"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+)
+@pytest.mark.parametrize("name", ["r.jsonl", "r.json"])
+def test_json_that_nothing_can_use_is_named(tmp_path, name, text, says):
+    path = tmp_path / name
+    path.write_text(text)
+    with pytest.raises(DataError, match=says):
+        read_rows(path)
+
+
+def test_a_whole_surrogate_pair_is_a_character(tmp_path):
+    path = tmp_path / "r.jsonl"
+    path.write_text('{"a": "\\ud83d\\ude00"}')
+    assert plain(read_rows(path)) == [{"a": "\U0001f600"}]
+
+
+def test_a_folder_and_a_broken_link_are_called_by_name(tmp_path):
+    (tmp_path / "d.jsonl").mkdir()
+    with pytest.raises(DataError, match="is a folder"):
+        read_rows(tmp_path / "d.jsonl")
+    for name, target in (("loop.jsonl", "loop.jsonl"), ("gone.jsonl", "nowhere")):
+        (tmp_path / name).symlink_to(target)
+        with pytest.raises(DataError, match="link to nothing, or to itself"):
+            read_rows(tmp_path / name)
+
+
+def test_doubled_columns_are_refused(tmp_path):
+    path = tmp_path / "r.csv"
+    path.write_text("question,answer,answer\n1,2,3\n")
+    with pytest.raises(DataError, match="'answer' stands there twice"):
+        read_rows(path)

@@ -57,7 +57,7 @@ def test_trackers(monkeypatch):
 
     assert check_trackers([]) == []
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    with pytest.raises(RecipeError, match=r'"wandb" is not installed.*reftune\[track\]'):
+    with pytest.raises(RecipeError, match=r"wandb. is not installed.*-e '\.\[track\]'"):
         check_trackers(["wandb"])
 
 

@@ -16,10 +16,11 @@ from reftune.model.build import apply_adapter
 from reftune.tasks.base import Example
 from reftune.training import causal
 from reftune.training.backward import set_checkpointing
-from reftune.training.causal import Plan, Settings, Stored, make_plan
+from reftune.training.causal import Settings, Stored
 from reftune.training.collate import Collator, prepare
 from reftune.training.constants import DiskStore, Store, fingerprint
 from reftune.training.encode import Rows, encode_all
+from reftune.training.plan import Plan, make_plan
 
 MODES = ("recompute", "store")
 

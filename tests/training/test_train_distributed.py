@@ -1,9 +1,12 @@
-"""Two processes walk the same way as one with the same global batch."""
+"""Two processes walk the same way as one with the same global batch.
+
+They are started by the command of the guide.
+"""
 
 from __future__ import annotations
 
+import json
 import os
-import socket
 import subprocess
 import sys
 from dataclasses import replace
@@ -11,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from docs_parts import ROOT, commands
 from safetensors.torch import load_file
 from two_processes import walk
 
+from reftune.cli.train import train as verb
 from reftune.config.loader import dump
 from reftune.config.recipe import AdapterSpec
 from reftune.report.model import Report
@@ -22,23 +27,18 @@ from reftune.training.stages import train
 pytestmark = pytest.mark.slow
 
 
-def free_port():
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
-
-
-def launch(*arguments):
-    root = Path(__file__).parents[2]
+def launch(*program):
+    """Start two processes as the guide does, of another program than its own."""
+    found = {c.words for c in commands() if c.words[0] == "accelerate" and "2" in c.words}
+    assert len(found) == 1, "the documentation has one way to start two processes"
+    words = list(found.pop())
+    assert words[-4:] == ["-m", "reftune", "train", "my.yaml"]
+    assert " ".join(words) in verb.__doc__
     env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    env["ACCELERATE_USE_CPU"] = "true"
-    paths = [str(root / "src"), str(root / "tests"), env.get("PYTHONPATH", "")]
+    paths = [str(ROOT / "src"), str(ROOT / "tests"), env.get("PYTHONPATH", "")]
     env["PYTHONPATH"] = os.pathsep.join(paths)
-    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.launch"]
-    command += ["--multi_gpu", "--num_processes", "2", "--num_machines", "1"]  # torchrun, on CPU
-    command += ["--mixed_precision", "no", "--dynamo_backend", "no"]
-    command += ["--main_process_port", str(free_port())]
-    command += [str(Path(__file__).with_name("two_processes.py")), *map(str, arguments)]
+    command = [sys.executable, "-W", "ignore", "-m", "accelerate.commands.accelerate_cli"]
+    command += [*words[1:-4], *map(str, program)]
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stderr[-3000:]
 
@@ -49,14 +49,11 @@ def assert_close(one, two):
             assert torch.allclose(one[key], two[key], atol=2e-5), key
 
 
-def test_two_processes_equal_one(recipe, with_stage, tmp_path):
+def test_two_processes_equal_one(tmp_path):
     one, two = tmp_path / "one", tmp_path / "two"
     one.mkdir()
     two.mkdir()
-    plain = with_stage(recipe, adapter=AdapterSpec(options={"rank": 2}), keep="best")
-    shared = replace(plain, name="shared")
-    (tmp_path / "shared.yaml").write_text(dump(shared))
-    launch(two, tmp_path / "shared.yaml")
+    launch(Path(__file__).with_name("two_processes.py"), two)
     for count in (22, 17):  # 17: in the last step of an epoch one process has no row at all
         walk(one, 8, count)
         a, b = (load_file(place / f"{count}.safetensors") for place in (one, two))
@@ -71,9 +68,17 @@ def test_two_processes_equal_one(recipe, with_stage, tmp_path):
     a, b = (two / n / "adapter_model.safetensors" for n in ("plain", "sharded"))
     assert a.read_bytes() == b.read_bytes()
 
+
+def test_the_documented_command_runs_two_processes(recipe, with_stage, tmp_path):
+    plain = with_stage(recipe, adapter=AdapterSpec(options={"rank": 2}), keep="best")
+    shared = replace(plain, name="shared")
+    (tmp_path / "shared.yaml").write_text(dump(shared))
+    launch("-m", "reftune", "train", tmp_path / "shared.yaml")
     train(plain, progress=False)
     folders = [Path(recipe.output) / name for name in (plain.name, "shared")]
     assert_close(*(load_file(f / "adapter" / "adapter_model.safetensors") for f in folders))
     reports = [Report.read(folder) for folder in folders]
     assert reports[0].figures.keys() == reports[1].figures.keys()
     assert reports[0].steps == reports[1].steps == 6
+    facts = json.loads((folders[1] / "environment.json").read_text())
+    assert facts["processes"] == 2

@@ -144,3 +144,31 @@ def test_changed_keys():
     assert changed_keys({"a": [1, {"b": 2}]}, {"a": [1, {"b": 3}]}) == ["a.1.b"]
     assert changed_keys({"a": [1]}, {"a": [1, 2]}) == ["a"]
     assert changed_keys({"a": 1}, {"b": 1}) == ["a", "b"]
+
+
+def test_a_folder_in_which_another_process_trains_is_refused(recipe):
+    import subprocess
+    import sys
+
+    first = RunFolder.open(recipe)
+    first.add_stage({"steps": 1})
+    first.release()
+    code = (
+        "import fcntl, sys, time; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX); "
+        "f.write('process 7'); f.flush(); print('held', flush=True); time.sleep(60)"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", code, str(first.path / ".lock")], stdout=subprocess.PIPE
+    )
+    try:
+        assert other.stdout.readline() == b"held\n"
+        for settings in ({"resume": True}, {"overwrite": True}):
+            with pytest.raises(RecipeError, match="being trained just now by process 7"):
+                RunFolder.open(recipe, **settings)
+        assert (first.path / "state.json").is_file()
+    finally:
+        other.kill()
+        other.wait()
+    again = RunFolder.open(recipe, resume=True)  # a killed process holds nothing
+    again.release()
+    assert not (again.path / ".lock").exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
@@ -17,7 +18,10 @@ from safetensors.torch import load_file
 from reftune.config.loader import dump, load
 from reftune.config.recipe import AdapterSpec, EvaluationSpec, StageSpec
 from reftune.errors import DataError, RecipeError, TrainingError
+from reftune.model.hub import push
+from reftune.model.levels import PLACE
 from reftune.report.model import Report
+from reftune.report.tables import show_figure
 from reftune.training.callbacks import read_metrics
 from reftune.training.stages import artefact_kind, continues, train
 
@@ -66,6 +70,22 @@ def test_a_run_leaves_what_was_promised(recipe):
     assert len((folder / "predictions.jsonl").read_text().splitlines()) == 6
 
 
+def test_the_card_has_the_figures_of_the_run(recipe, monkeypatch):
+    report = train(recipe, **QUIET)
+    card = (folder_of(recipe) / "adapter" / "README.md").read_text()
+    for name, figure in report.figures.items():
+        assert f"| {name.replace('_', ' ')} | {show_figure(figure)}, 6 rows |" in card
+    assert "| task | own, test rows |" in card and "| trained parameters | 260 |" in card
+    assert 'reftune.load("PATH' in card and "pypi" not in card
+    assert not list((folder_of(recipe) / "adapter").glob(".*"))
+
+    seen = []
+    upload = lambda folder, *_: seen.append((folder / "README.md").read_text()) or "address"  # noqa: E731
+    monkeypatch.setattr("reftune.model.hub._upload", upload)
+    push(folder_of(recipe), "owner/sums")
+    assert seen == [card.replace(PLACE, "owner/sums")]
+
+
 def test_a_finished_run_is_refused_or_its_report_returned(recipe):
     recipe = replace(recipe, evaluation=EvaluationSpec(split="none"))
     first = train(recipe, **QUIET)
@@ -86,19 +106,17 @@ def test_the_loaded_adapter_is_what_was_trained(recipe):
     assert len(own) == len(saved) and tokenizer.eos_token_id == 2
 
 
-SCRIPT = """
-import sys
-from reftune.config.loader import load
-from reftune.training.stages import train
-train(load(sys.argv[1]), resume=True, progress=False)
-"""
-
-
-def start(path):
+def start(*words):
+    """Start `reftune train` in a process of its own."""
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     source = Path(__file__).parents[2] / "src"
     env["PYTHONPATH"] = os.pathsep.join([str(source), env.get("PYTHONPATH", "")])
-    return subprocess.Popen([sys.executable, "-W", "ignore", "-c", SCRIPT, str(path)], env=env)
+    command = [sys.executable, "-W", "ignore", "-m", "reftune", "train", *map(str, words)]
+    return subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL)
+
+
+def hashes(recipe):
+    return [hashlib.sha256(data).hexdigest() for data in tensors(recipe)]
 
 
 @pytest.mark.slow
@@ -118,8 +136,8 @@ def test_killed_and_resumed_is_bit_equal(recipe, with_stage, tmp_path):
     os.kill(process.pid, signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
     assert not (folder_of(killed) / "adapter").exists()
-    assert start(path).wait() == 0
-    assert tensors(killed) == tensors(long)
+    assert start(path, "--resume").wait() == 0
+    assert hashes(killed) == hashes(long)
     drop = ("seconds", "tokens_per_second")
     lines = [
         [
@@ -144,6 +162,13 @@ def test_two_adapters_make_a_stack_and_finished_stages_are_not_repeated(recipe, 
     assert report.methods == ["lora", "loreft"] and report.steps == 12
     assert (folder_of(straight) / "stack" / "stack.json").is_file()
     assert (folder_of(straight) / "stages" / "1" / "adapter").is_dir()
+    held = [
+        t
+        for f in (folder_of(straight) / "stack").rglob("*.safetensors")
+        for t in load_file(f).values()
+    ]
+    assert report.trainable_parameters == sum(tensor.numel() for tensor in held)
+    assert "| task | own, not scored |" in (folder_of(straight) / "stack" / "README.md").read_text()
 
     from reftune.training.trainer import ReftTrainer
 
@@ -171,7 +196,7 @@ def test_the_same_adapter_is_trained_on(recipe):
     assert continues(same, 1) and artefact_kind(same, 1) == "adapter"
     report = train(same, **QUIET)
     first = folder_of(same) / "stages" / "1" / "adapter" / "adapter_model.safetensors"
-    assert report.steps == 12
+    assert report.steps == 12 and report.trainable_parameters == 2 * (2 * 2 * 32 + 2)
     assert first.read_bytes() != tensors(same)[0]
 
 
@@ -286,3 +311,27 @@ def test_gradient_checkpointing_gives_the_same_adapter(recipe, with_stage):
     train(plain, **QUIET)
     train(saving, **QUIET)
     assert tensors(plain) == tensors(saving)
+
+
+def test_resuming_on_other_rows_is_refused(recipe, with_stage, monkeypatch):
+    from reftune.training import trainer
+
+    long = with_stage(recipe, epochs=2, checkpoint_every=2)
+    real = trainer.ReftTrainer.training_step
+
+    def dies(self, *args, **kwargs):
+        if self.state.global_step == 4:
+            raise RuntimeError("crash")
+        return real(self, *args, **kwargs)
+
+    monkeypatch.setattr(trainer.ReftTrainer, "training_step", dies)
+    with pytest.raises(RuntimeError, match="crash"):
+        train(long, **QUIET)
+    monkeypatch.undo()
+    data = Path(long.task.train)
+    before = data.read_text()
+    data.write_text("\n".join(reversed(before.splitlines())) + "\n")
+    with pytest.raises(RecipeError, match="training rows are not those"):
+        train(long, resume=True, **QUIET)
+    data.write_text(before)
+    assert train(long, resume=True, **QUIET).steps == 6

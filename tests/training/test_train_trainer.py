@@ -393,3 +393,44 @@ def test_an_encoder_decoder_learns(trainer_for, tokenizer, sums_of):
     trainer.train()
     curve = losses(trainer)
     assert curve[-1] < curve[0]
+
+
+def test_a_run_that_died_after_its_last_checkpoint_takes_no_step_more(
+    adapted, rows, trainer_for, trained, tmp_path
+):
+    """A constant schedule shows a step too many; a linear one ends at rate 0 and hides it."""
+    model = adapted()
+    whole = trainer_for(model, rows, max_steps=4, checkpoint_every=2)
+    whole.args.lr_scheduler_type = "constant"
+    whole.train()
+    ended = trained(model)
+    resumed = adapted()
+    trainer = trainer_for(resumed, rows, max_steps=4, checkpoint_every=2)
+    trainer.args.lr_scheduler_type = "constant"
+    result = trainer.train(True)
+    assert result.global_step == 4 and trainer.state.global_step == 4
+    assert equal(ended, trained(resumed)) and len(losses(trainer)) == 4
+
+
+@pytest.mark.parametrize("harm", ["optimizer.pt", "scheduler.pt", "adapter_model.safetensors"])
+@pytest.mark.parametrize("how", ["deleted", "cut", "emptied"])
+def test_a_damaged_checkpoint_is_passed_over(
+    adapted, rows, trainer_for, trained, tmp_path, caplog, harm, how
+):
+    settings = {"checkpoint_every": 2, "max_steps": 6}
+    straight = adapted(dropout=0.2)
+    trainer_for(straight, rows, folder=tmp_path / "a", **settings).train()
+    broken = trainer_for(
+        adapted(dropout=0.2), rows, folder=tmp_path / "b", callbacks=[StopAt(5)], **settings
+    )
+    with pytest.raises(RuntimeError, match="crash"):
+        broken.train()
+    file = next((tmp_path / "b" / "checkpoint-4").rglob(harm))
+    if how == "deleted":
+        file.unlink()
+    else:
+        file.write_bytes(b"" if how == "emptied" else file.read_bytes()[:-9])
+    resumed = adapted(dropout=0.2)
+    trainer_for(resumed, rows, folder=tmp_path / "b", **settings).train(True)
+    assert f"{harm} " in caplog.text and "checkpoint-4 is damaged" in caplog.text
+    assert equal(trained(straight), trained(resumed))

@@ -10,7 +10,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reftune.cli.common import note, out
-from reftune.cli.models import HeadOption, load_any, load_more, shape, trained_form
+from reftune.cli.models import (
+    BaseModelOption,
+    HeadOption,
+    check_sampling,
+    load_any,
+    load_more,
+    shape,
+    trained_form,
+)
 from reftune.errors import RecipeError, ReftuneError, nearest
 
 if TYPE_CHECKING:
@@ -47,9 +55,10 @@ def chat(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 256,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of sampling, above 0 up to 1.")] = 1.0,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     head: HeadOption = None,
+    base_model: BaseModelOption = None,
 ) -> None:
     """Talk to a model; words appear as they are generated.
 
@@ -65,7 +74,8 @@ def chat(
         raise RecipeError(f'The template "{template}" has no place.', "Write {prompt} in it.")
     if chat_template and (raw or template is not None):
         raise RecipeError("Plain text and --chat-template are both asked for.", "Choose one.")
-    loaded, tokenizer = load_any(model, head=head)
+    check_sampling(temperature, top_p)
+    loaded, tokenizer = load_any(model, None, head, base_model)
     names = _load_more(loaded, adapter or [])
     form = _form(model, tokenizer, raw, template, chat_template)
     settings = {"max_new_tokens": max_new_tokens, "top_p": top_p, "seed": seed}
@@ -164,6 +174,9 @@ def loop(session: Session, read: Callable[[str], str]) -> None:
         except (EOFError, KeyboardInterrupt):
             sys.stdout.write("\n")
             return
+        except UnicodeDecodeError as error:
+            note(f"That line is no UTF-8 text: {error}.")
+            continue
         if not line:
             continue
         try:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reftune.errors import DataError, RecipeError, ReftuneError
+from reftune.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -43,12 +43,6 @@ DataDirOption = Annotated[
 
 FILE_WIDTH = 400
 """Columns for a table that goes to a file or a pipe, which have no edge."""
-
-
-class Interrupted(ReftuneError):
-    """The user pressed Ctrl-C."""
-
-    exit_code, page = 130, "interrupted"
 
 
 @cache
@@ -135,7 +129,11 @@ def read_recipe(
 
 
 def task_spec(
-    task: str, data_dir: str | None, changes: Sequence[str], sizes: dict[str, int | None]
+    task: str,
+    data_dir: str | None,
+    changes: Sequence[str],
+    sizes: dict[str, int | None],
+    form: dict[str, Any] | None = None,
 ) -> TaskSpec:
     """Return a task by name, or own data from a file, checked like a recipe.
 
@@ -144,11 +142,14 @@ def task_spec(
         data_dir: Folder with local files of a named task.
         changes: Further keys of the task, `task.style=prose`.
         sizes: `train_size`, `validation_size`, `test_size`.
+        form: Keys of the task that apply to a data file unless they are changed.
     """
     from reftune.config.loader import task_of
     from reftune.tasks.files import suffix_of
 
-    values: dict[str, Any] = {"name": "own", "test": task} if suffix_of(task) else {"name": task}
+    values: dict[str, Any] = {"name": task}
+    if suffix_of(task):
+        values = {**(form or {}), "name": "own", "test": task}
     values |= {key: value for key, value in sizes.items() if value is not None}
     if data_dir:
         values["data_dir"] = data_dir
@@ -194,7 +195,10 @@ def read_prompts(prompts: Sequence[str], file: str | None) -> list[Any]:
     """
     found: list[Any] = [prompt for prompt in prompts if prompt != "-"]
     if "-" in prompts:
-        found += [line for line in sys.stdin.read().splitlines() if line.strip()]
+        try:
+            found += [line for line in sys.stdin.read().splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise DataError(f"Standard input is no UTF-8 text: {error}.", "Give UTF-8.") from None
     if file:
         found += _prompt_file(Path(file))
     if not found:
@@ -215,8 +219,12 @@ def _prompt_file(path: Path) -> list[Any]:
     for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
-            found.append(row["messages"] if "messages" in row else row["prompt"])
+            prompt = row["messages"] if "messages" in row else row["prompt"]
         except (json.JSONDecodeError, KeyError, TypeError):
+            prompt = None
+        is_chat = isinstance(prompt, list) and all(isinstance(item, dict) for item in prompt)
+        if not isinstance(prompt, str) and not is_chat:
             what = f"{path} line {number} has no prompt or messages."
-            raise DataError(what, 'Write {"prompt": "..."} a line.') from None
+            raise DataError(what, 'Write {"prompt": "..."} a line.')
+        found.append(prompt)
     return found

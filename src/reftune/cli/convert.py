@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from reftune.cli.common import JsonFlag, out, print_json
+from reftune.cli.common import JsonFlag, print_json, say
 from reftune.errors import RecipeError
 
 
@@ -43,7 +43,8 @@ def convert(
     if json_:
         print_json({"folder": out_folder, **facts})
         return
-    out().print(f"{out_folder}: {facts['method']}, rank {facts['rank']}, ", end="", markup=False)
-    out().print(f"{len(facts['layers'])} layers, positions {facts['positions']}.", markup=False)
-    gap = facts["largest_difference"]
-    out().print(f"Largest relative difference to the checkpoint: {gap:.1e}.", markup=False)
+    say(
+        f"{out_folder}: {facts['method']}, rank {facts['rank']}, {len(facts['layers'])} layers, "
+        f"positions {facts['positions']}."
+    )
+    say(f"Largest relative difference to the checkpoint: {facts['largest_difference']:.1e}.")

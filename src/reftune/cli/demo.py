@@ -9,17 +9,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from reftune.cli.common import JsonFlag, SetOption, note, out, print_json, read_recipe
+from reftune.cli.common import JsonFlag, SetOption, note, print_json, print_table, read_recipe, say
 
 if TYPE_CHECKING:
-    from reftune.config.recipe import Recipe
+    from reftune.config.recipe import AdapterSpec, Recipe
     from reftune.report.model import Report
     from reftune.report.tables import Table
 
 COMMAND = "reftune demo"
 """Stands in the reports of the demo's runs; only such runs are replaced."""
-LORA_RANK = 5
-"""LoRA on q and v of the embedded model: 25,600 parameters, LoReFT of rank 8: 24,640."""
 
 
 def demo(
@@ -42,9 +40,9 @@ def demo(
     from reftune.training.stages import train
 
     recipe = read_recipe("demo", overrides, name, output)
+    require_replaceable(recipe)
     lora = _lora(recipe)
-    for run in (recipe, lora):
-        require_replaceable(run)
+    require_replaceable(lora)
     folder = Path(output) / name
     note(_introduction(recipe))
     report = train(recipe, overwrite=True, progress=not as_json)
@@ -53,8 +51,8 @@ def demo(
     if as_json:
         print_json(report)
         return
-    out().print(table(report, rival).to_rich())
-    out().print(_summary(folder, report), markup=False, soft_wrap=True)
+    print_table(table(report, rival))
+    say(_summary(folder, report))
 
 
 def _introduction(recipe: Recipe) -> str:
@@ -99,12 +97,28 @@ def _lora(recipe: Recipe) -> Recipe:
     """Return the same recipe with LoRA at equal parameters."""
     from reftune.config.recipe import AdapterSpec
 
+    ranks = [lora_rank(recipe, stage.adapter) for stage in recipe.stages]
     stages = [
-        replace(stage, adapter=AdapterSpec(method="lora", options={"rank": LORA_RANK}))
-        for stage in recipe.stages
+        replace(stage, adapter=AdapterSpec(method="lora", options={"rank": rank}))
+        for stage, rank in zip(recipe.stages, ranks)
     ]
     evaluation = replace(recipe.evaluation, compare_base=False)
     return replace(recipe, name=f"{recipe.name}-lora", stages=stages, evaluation=evaluation)
+
+
+def lora_rank(recipe: Recipe, adapter: AdapterSpec) -> int:
+    """Return the rank at which LoRA has most nearly as many parameters as an adapter.
+
+    The embedded model: LoReFT of rank 8 has 24,640, LoRA of rank 5 on q and v 25,600.
+    """
+    from reftune.config.recipe import AdapterSpec
+    from reftune.model.build import apply_adapter, load_base, trainable_summary
+
+    counts = []
+    for spec in (adapter, AdapterSpec(method="lora", options={"rank": 1})):
+        model, _ = load_base(recipe.model)
+        counts.append(trainable_summary(apply_adapter(model, spec)).trainable)
+    return max(1, round(counts[0] / counts[1]))
 
 
 def conclude(folder: Path, report: Report, rival: Report) -> Report:
@@ -185,6 +199,6 @@ def _summary(folder: Path, report: Report) -> str:
         f"Plot: {folder / 'plots' / 'demo.png'}   report: {folder / 'report.md'}\n\n"
         f"Next, after `source .venv/bin/activate`:\n"
         f"  reftune chat {folder}           ask it a word problem; /compare asks the base too\n"
-        "  reftune inspect demo            see which tokens are edited and which are learnt\n"
+        "  reftune inspect demo            see which tokens are edited and which are learned\n"
         "  reftune train demo --set adapter.method=direft --name direft   try another method\n"
     )

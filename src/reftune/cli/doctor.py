@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from typing import Annotated, Any
 
@@ -29,6 +29,9 @@ def doctor(
         str | None, typer.Option("--recipe", "-r", help="Also check this recipe.")
     ] = None,
     head: HeadOption = None,
+    method: Annotated[
+        str | None, typer.Option("--method", help="Also check an installed method.")
+    ] = None,
     json_: JsonFlag = False,
 ) -> None:
     """Show versions, device and extras, and check a model or a recipe before a long run.
@@ -39,13 +42,18 @@ def doctor(
         reftune doctor --model Qwen/Qwen3-0.6B
         reftune doctor --recipe my.yaml --json
         reftune doctor --model Qwen/Qwen3-0.6B --recipe my.yaml
+        reftune doctor --method direft
 
     The check of a model attaches LoReFT to it: sites found, identity and off leave the model as it
     was, an edit changes the output, gradients reach every site, saving and loading is exact. A
     failed check makes the exit code 4.
 
-    With a model and a recipe it also loads the recipe's rows and tells, for each stage, what causal
-    caching holds constant, what it saves, and which edits can never be trained.
+    With a model and a recipe it also applies the recipe's adapters to that model, loads its rows
+    and tells, for each stage, what causal caching holds constant, what it saves, and which edits
+    can never be trained.
+
+    The check of a method, for those of your own package, does the same with it on tiny random
+    models of several architectures.
     """
     facts = environment()
     checks: list[dict[str, Any]] = []
@@ -53,7 +61,9 @@ def doctor(
     if recipe is not None:
         checks += _check_recipe(recipe)
     if model is not None:
-        checks += _check_model(model, head)
+        checks += _check_model(model, head, recipe)
+    if method is not None:
+        checks += _check_method(method)
     if recipe is not None and model is not None:
         plans = _plans(recipe, model)
     failed = [check for check in checks if not check["passed"]]
@@ -102,17 +112,29 @@ def _check_recipe(recipe: str) -> list[dict[str, Any]]:
     return [{"name": f"recipe {recipe}", "passed": True, "detail": detail}]
 
 
-def _check_model(name: str, head: str | None) -> list[dict[str, Any]]:
+def _check_model(name: str, head: str | None, recipe: str | None) -> list[dict[str, Any]]:
+    """Check a model, and that the rows of a recipe fit into its context."""
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
     from reftune.model.doctor import self_check
 
     check_head(head)
     model, _ = load_base(ModelSpec(name=name, head=head or head_of(ModelSpec(name=name))))
+    if recipe is not None:
+        from reftune.training.stages import check_context
+
+        resolved = read_recipe(recipe)
+        check_context(replace(resolved, model=replace(resolved.model, name=name)), model)
     return [
         {"name": check.name, "passed": bool(check.passed), "detail": check.detail}
         for check in self_check(model)
     ]
+
+
+def _check_method(name: str) -> list[dict[str, Any]]:
+    from reftune.model.doctor import check_method
+
+    return [asdict(check) for check in check_method(name)]
 
 
 def _plans(recipe: str, model: str) -> list[dict[str, Any]]:
@@ -160,11 +182,13 @@ def _show(facts: dict[str, Any], checks: list[dict[str, Any]]) -> None:
         text = ", ".join(have)
         if missing:
             text += f"{'; ' if have else ''}without {', '.join(missing)}"
-            text += f": pip install 'reftune[{extra}]'"
+            text += f": pip install -e '.[{extra}]'"
         line(f"extra {extra}", text, "" if have else "dim")
     for check in checks:
         mark, style = ("ok", "green") if check["passed"] else ("FAILED", "bold red")
         console.print(
-            Text.assemble((f"{mark:<8}", style), (f"{check['name']:<12}", "bold"), check["detail"]),
+            Text.assemble(
+                (f"{mark:<8}", style), (f"{check['name']:<12} ", "bold"), check["detail"]
+            ),
             soft_wrap=True,
         )

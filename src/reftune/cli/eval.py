@@ -24,7 +24,8 @@ from reftune.cli.common import (
     task_spec,
 )
 from reftune.cli.generate import NO_REPEAT, PENALTY
-from reftune.cli.models import HeadOption, load_any
+from reftune.cli.models import BaseModelOption, HeadOption, has_adapter, load_any
+from reftune.cli.scoring import BASE, check_models, check_output, form_of, tell_form
 from reftune.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
@@ -32,7 +33,6 @@ if TYPE_CHECKING:
     from reftune.inference.evaluate import Evaluation
     from reftune.tasks.base import Task
 
-BASE = "base"
 CHANGED = ("task", "evaluation", "seed")
 """What of a recipe scoring reads; other keys belong to training."""
 SHORT = {
@@ -68,20 +68,19 @@ def evaluate(
     batch_size: Annotated[int | None, typer.Option(min=1, help="Rows a batch.")] = None,
     max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer.")] = None,
     temperature: Annotated[float | None, typer.Option(min=0, help="0 is greedy.")] = None,
-    top_p: Annotated[float | None, typer.Option(min=0, max=1, help="Nucleus of sampling.")] = None,
+    top_p: Annotated[float | None, typer.Option(help="Nucleus of sampling.")] = None,
     top_k: Annotated[
         int | None, typer.Option(min=0, help="Most likely tokens to sample from; 0 is all.")
     ] = None,
     samples: Annotated[int | None, typer.Option(min=1, help="Answers a prompt.")] = None,
-    num_beams: Annotated[
-        int | None, typer.Option(min=1, help="Beams of a greedy search.")
-    ] = None,
+    num_beams: Annotated[int | None, typer.Option(min=1, help="Beams of a greedy search.")] = None,
     repetition_penalty: Annotated[float | None, PENALTY] = None,
     no_repeat_ngram_size: Annotated[int | None, NO_REPEAT] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of sampling. Default: the run's own, or 0.")
     ] = None,
     head: HeadOption = None,
+    base_model: BaseModelOption = None,
     output: Annotated[str | None, typer.Option(help="Folder of report and predictions.")] = None,
     json_: JsonFlag = False,
 ) -> None:
@@ -122,7 +121,9 @@ def evaluate(
     place = _slug(model, spec.name, split, against, [*(set_ or []), *(option or [])], asked)
     folder = Path(output) if output else Path("runs/evaluations") / place
     seed = settings.seed
-    results = _evaluate_all(names, spec, decoding, seed, head)
+    check_output(folder)
+    check_models(names)
+    results = _evaluate_all(names, spec, decoding, seed, (head, base_model))
     test = results[0].compare(results[1]) if against else None
     reports = _write(folder, names, results, spec, decoding, seed, test)
     if json_:
@@ -144,10 +145,9 @@ def _settings(
     from reftune.config.loader import change, from_dict
 
     for text in changes:
-        key = text.partition("=")[0].strip()
-        if key.partition(".")[0] not in CHANGED:
+        if _top(text) not in CHANGED:
             raise RecipeError(
-                f'"{key}" is nothing that scoring reads.',
+                f'"{text.partition("=")[0].strip()}" is nothing that scoring reads.',
                 "Set keys of task, evaluation or seed; `reftune train` takes the others.",
             )
     if flags["split"] not in (None, "test", "validation"):
@@ -158,8 +158,17 @@ def _settings(
     start = replace(start, evaluation=replace(start.evaluation, split="test"))
     wanted = {f"evaluation.{key}": value for key, value in flags.items()} | {"seed": seed}
     given = [f"{key}={json.dumps(value)}" for key, value in wanted.items() if value is not None]
-    own = [text for text in changes if text.strip().partition(".")[0] != "task"]
+    own = [text for text in changes if _top(text) != "task"]
     return change(start, [*own, *given])
+
+
+def _top(text: str) -> str:
+    """Return the part of a recipe that a change is for.
+
+    >>> _top("task.style=prose"), _top("seed = 3")
+    ('task', 'seed')
+    """
+    return text.partition("=")[0].strip().partition(".")[0]
 
 
 def _task(
@@ -170,26 +179,43 @@ def _task(
     size: int | None,
     split: str,
 ) -> TaskSpec:
-    """Return the task asked for, or the run's own with the changes asked for."""
+    """Return the task asked for, or the run's own with the changes asked for.
+
+    A data file is read and asked as the rows of a run on own data were.
+    """
+    from reftune.tasks.files import suffix_of
+
     sizes = {f"{split}_size": size}
-    own = [text for text in changes if text.strip().startswith("task")]
+    own = [text for text in changes if _top(text) == "task"]
     if task is not None:
-        return task_spec(task, data_dir, own, sizes)
-    if recipe is None:
+        is_file = recipe is not None and recipe.task.name == "own" and suffix_of(task) is not None
+        form = form_of(recipe, own) if is_file else {}
+        if is_file:
+            tell_form(recipe, form, task)
+        return task_spec(task, data_dir, own, sizes, form)
+    is_named = any(text.partition("=")[0].strip() in ("task", "task.name") for text in own)
+    if recipe is None and not is_named:
         raise RecipeError(
             "No task is given.", "Add --task NAME; `reftune methods --tasks` lists them."
         )
-    from reftune.config.loader import change
+    from reftune.config.loader import change, task_of
 
-    spec = change(recipe, own).task
+    spec = change(recipe, own).task if recipe else task_of({}, own)
     more = {key: value for key, value in sizes.items() if value is not None}
     return replace(spec, **more, **({"data_dir": data_dir} if data_dir else {}))
 
 
 def _evaluate_all(
-    names: list[str], spec: TaskSpec, decoding: EvaluationSpec, seed: int, head: str | None
+    names: list[str],
+    spec: TaskSpec,
+    decoding: EvaluationSpec,
+    seed: int,
+    how: tuple[str | None, str | None],
 ) -> list[Evaluation]:
-    """Score one or two models on the same rows, one after the other."""
+    """Score one or two models on the same rows, one after the other.
+
+    `how` is the head and the base model asked for.
+    """
     from contextlib import nullcontext
 
     from reftune import tasks
@@ -204,10 +230,17 @@ def _evaluate_all(
     results: list[Evaluation] = []
     loaded: Any = None
     max_len = None
-    for name, run in zip(names, runs):
+    head, base_model = how
+    if head == "classification" and made.kind != "classification":
+        raise RecipeError(
+            f'Task "{spec.name}" asks for text; a classification head answers none.',
+            "Leave --head out.",
+        )
+    for number, (name, run) in enumerate(zip(names, runs)):
         use_base = name == BASE and loaded is not None
         if not use_base:
-            loaded = load_any(name, num_labels, head)
+            own_base = base_model if number == 0 or has_adapter(name) else None
+            loaded = load_any(name, num_labels, head, own_base)
             max_len = run.stages[-1].max_len if run else None
         with _off(loaded[0]) if use_base else nullcontext(), progress(f"evaluate {name}") as report:
             more = {"seed": seed, "max_len": max_len, "progress": report}

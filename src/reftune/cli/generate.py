@@ -15,7 +15,15 @@ from reftune.cli.common import (
     read_prompts,
     say,
 )
-from reftune.cli.models import HeadOption, load_any, shape, trained_form
+from reftune.cli.models import (
+    BaseModelOption,
+    HeadOption,
+    check_sampling,
+    has_adapter,
+    load_any,
+    shape,
+    trained_form,
+)
 from reftune.errors import RecipeError
 
 PENALTY = typer.Option(min=0.01, help="Above 1 makes repeated tokens less likely.")
@@ -41,7 +49,7 @@ def generate(
     ] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer in tokens.")] = 128,
     temperature: Annotated[float, typer.Option(min=0, help="0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(min=0, max=1, help="Nucleus of sampling.")] = 1.0,
+    top_p: Annotated[float, typer.Option(help="Nucleus of sampling, above 0 up to 1.")] = 1.0,
     top_k: Annotated[int, typer.Option(min=0, help="Most likely tokens to sample from.")] = 0,
     samples: Annotated[int, typer.Option(min=1, help="Answers a prompt.")] = 1,
     stop: Annotated[
@@ -53,6 +61,7 @@ def generate(
     batch_size: Annotated[int, typer.Option(min=1, help="Prompts a batch.")] = 32,
     seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
     head: HeadOption = None,
+    base_model: BaseModelOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Answer prompts with a base model or anything trained on it.
@@ -65,6 +74,7 @@ def generate(
 
     A run whose task asks in plain text is asked in that form, unless a prompt has it already.
     """
+    _check(template, chat, stop or [], temperature, top_p)
     asked = _shaped(model, read_prompts(prompts or [], file), template, chat)
     if samples > 1 and temperature == 0:
         raise RecipeError(f"{samples} greedy answers are all the same.", "Set --temperature 0.8.")
@@ -78,18 +88,38 @@ def generate(
         "stop": stop or [],
         "options": {**beams, "no_repeat_ngram_size": no_repeat_ngram_size},
     }
-    rows = _answers(model, asked, settings, base, head)
+    rows = _answers(model, asked, settings, base, (head, base_model))
     whole = {"model": model, "settings": settings, "outputs": rows}
     print_json(whole) if json_ else _show(rows)
 
 
+def _check(
+    template: str | None, chat: bool, stop: list[str], temperature: float, top_p: float
+) -> None:
+    """Refuse flags that contradict each other or mean nothing."""
+    if chat and template is not None:
+        raise RecipeError("Both --template and --chat-template are asked for.", "Choose one.")
+    if "" in stop:
+        raise RecipeError('--stop "" would end every answer at once.', "Give a text, or leave it.")
+    check_sampling(temperature, top_p)
+
+
 def _answers(
-    model: str, prompts: list[Any], settings: dict[str, Any], base: bool, head: str | None
+    model: str,
+    prompts: list[Any],
+    settings: dict[str, Any],
+    base: bool,
+    how: tuple[str | None, str | None],
 ) -> list[dict[str, Any]]:
-    """Return prompt and answers, and the base model's answers if they are wanted."""
+    """Return prompt and answers, and the base model's answers if they are wanted.
+
+    `how` is the head and the base model asked for.
+    """
     from reftune.inference.generate import generate as answer
 
-    loaded, tokenizer = load_any(model, head=head)
+    if base and not has_adapter(model):
+        raise RecipeError(f'"{model}" is no adapter: there is only one model.', "Leave --base out.")
+    loaded, tokenizer = load_any(model, None, *how)
     plain = None
     with progress("generate", show=len(prompts) > 1) as report:
         texts = answer(loaded, tokenizer, prompts, progress=report or False, **settings)

@@ -14,18 +14,24 @@ from reftune.cli.common import (
     DataDirOption,
     JsonFlag,
     SetOption,
+    TaskOption,
+    changes_of,
     out,
     print_json,
     read_recipe,
+    say,
 )
-from reftune.cli.models import load_tokenizer
+from reftune.cli.models import context_of, load_tokenizer
 
 if TYPE_CHECKING:
     from rich.text import Text
 
     from reftune.config.recipe import Recipe, StageSpec
-    from reftune.tasks.base import Task
+    from reftune.tasks.base import Example, Task
+    from reftune.training.encode import Rows
 
+ENDLESS = 1 << 30
+"""A `max_len` in which every row fits."""
 STYLES = {
     (True, False): "black on yellow",
     (False, True): "bold green",
@@ -47,6 +53,7 @@ def inspect(
     ] = None,
     data_dir: DataDirOption = None,
     set_: SetOption = None,
+    option: TaskOption = None,
     json_: JsonFlag = False,
 ) -> None:
     """Print rows with the edited and the learned tokens coloured. Nothing is trained or changed.
@@ -54,13 +61,15 @@ def inspect(
     Examples:
 
         reftune inspect my.yaml
-        reftune inspect my.jsonl --set task.prompt=question --set task.completion=answer
+        reftune inspect my.jsonl --option prompt=question --option completion=answer
         reftune inspect families --positions f2+l2 --rows 1
 
     Yellow tokens are edited, green ones are learned, both together are edited and learned. Without
     colours the marks are [edited] and <learned>. Numbers below are over all rows of the split.
+    Rows whose target is longer than `max_len` are shown too, and what to do about them.
     """
-    changes = [*(set_ or []), *([f"task.data_dir={json.dumps(data_dir)}"] if data_dir else [])]
+    changes = changes_of(set_, option)
+    changes += [f"task.data_dir={json.dumps(data_dir)}"] if data_dir else []
     recipe = _recipe(data, model, positions, changes)
     from reftune import tasks
     from reftune.training.data import holds_out
@@ -78,7 +87,7 @@ def inspect(
     for stage in stages:
         _show(stage, split)
     if shared:
-        out().print(f"Overlap: {shared}.", markup=False)
+        say(f"Overlap: {shared}.")
 
 
 def _recipe(data: str, model: str | None, positions: str | None, changes: list[str]) -> Recipe:
@@ -122,16 +131,18 @@ def _look(
 ) -> dict[str, Any]:
     """Encode the rows of a stage; describe the first ones token by token and all in numbers."""
     from reftune.config.options import OTHER_METHODS
-    from reftune.training.encode import encode_all
+    from reftune.training.encode import encode
     from reftune.training.view import decode_view, edited_tokens
 
     adapter = stage.adapter
     head = recipe.model.head
-    encoded = encode_all(examples, tokenizer, stage.max_len, kind=head, what="inspected")
+    encoded, long = _encode(examples, tokenizer, stage.max_len, head)
     edits = adapter.method not in OTHER_METHODS
     rule: Any = (adapter.train_positions or adapter.positions) if edits else _nothing
+    whole = {row.id: row for row in encoded.rows}
     shown = []
-    for row in encoded.rows[:count]:
+    for example in _chosen(examples, whole, long, count):
+        row = whole.get(example.id) or encode(example, tokenizer, ENDLESS, kind=head)
         tokens = [asdict(view) for view in decode_view(row, tokenizer, rule, adapter.short)]
         target = row.decoder_labels and tokenizer.decode(row.decoder_labels)
         shown.append(
@@ -141,6 +152,7 @@ def _look(
                 "prompt_tokens": row.prompt_len,
                 "target_tokens": len(row) - row.prompt_len or len(row.decoder_labels or []),
                 "cut": row.cut,
+                "needs_max_len": long.get(row.id),
                 "label": row.class_label,
                 "target": target,
             }
@@ -152,14 +164,71 @@ def _look(
         "layers": adapter.layers,
         "positions": adapter.positions if edits else None,
         "train_positions": adapter.train_positions if edits else None,
+        "max_len": stage.max_len,
         "rows": shown,
         "summary": {
             **encoded.summary(),
+            "targets_too_long": len(long),
             "tokens": sum(map(len, encoded.rows)),
-            "edited_tokens_a_row": round(mean(counts), 2),
-            "learned_tokens_a_row": round(mean(labels), 2),
+            "edited_tokens_a_row": round(mean(counts), 2) if counts else 0,
+            "learned_tokens_a_row": round(mean(labels), 2) if labels else 0,
         },
+        "remedy": _remedy(long, examples, task, recipe) if long else None,
     }
+
+
+def _encode(
+    examples: list[Example], tokenizer: Any, max_len: int, head: str
+) -> tuple[Rows, dict[str, int]]:
+    """Encode the rows that fit; return also the `max_len` each other row needs, by its id.
+
+    Training refuses a target that does not fit. Here it shall be seen.
+    """
+    from reftune.tasks.texts import EmptyTargetError, frame
+    from reftune.training.encode import Rows, TooLongError, encode, encode_all
+
+    try:
+        return encode_all(examples, tokenizer, max_len, kind=head, what="inspected"), {}
+    except TooLongError:
+        pass
+    around, long = frame(tokenizer), {}
+    for example in examples:
+        try:
+            encode(example, tokenizer, max_len, kind=head, around=around)
+        except TooLongError as error:
+            long[example.id] = error.needed
+        except EmptyTargetError:
+            continue  # counted below
+    fitting = [example for example in examples if example.id not in long]
+    if not fitting:
+        return Rows([]), long
+    return encode_all(fitting, tokenizer, max_len, kind=head, what="inspected"), long
+
+
+def _chosen(
+    examples: list[Example], whole: dict[str, Any], long: dict[str, int], count: int
+) -> list[Example]:
+    """Return the first rows with a target; one at least that does not fit, if there is any."""
+    rows = [example for example in examples if example.id in whole or example.id in long]
+    first = rows[:count]
+    if long and not any(example.id in long for example in first):
+        first += [next(example for example in rows if example.id in long)]
+    return first
+
+
+def _remedy(long: dict[str, int], examples: list[Example], task: Task, recipe: Recipe) -> str:
+    """Say what helps rows whose target does not fit: what the model's context allows, or less."""
+    from reftune.tasks.own import Own, characters_to_learn
+
+    needed, limit = max(long.values()), context_of(recipe.model)
+    if limit is None or needed <= limit:
+        first = f"Set max_len to at least {needed}"
+    else:
+        first = f"They need max_len {needed}, but the context of {recipe.model.name} is {limit}"
+    if not isinstance(task, Own):
+        return f"{first}, or use another model or other rows."
+    length = min(characters_to_learn(example) for example in examples if example.id in long) - 1
+    return f"{first}; or leave them out: --option drop_longer={length} (characters)."
 
 
 def _nothing(row: Any) -> list[bool]:
@@ -184,26 +253,36 @@ def _show(stage: dict[str, Any], split: str) -> None:
     console = out()
     console.print(_legend(console.is_terminal))
     rule = stage["train_positions"] or stage["positions"] or "no positions: weights change"
-    console.print(f"{stage['method']}, layers {stage['layers']}, {rule}", markup=False, style="dim")
+    say(f"{stage['method']}, layers {stage['layers']}, {rule}", "dim")
     for row in stage["rows"]:
-        cut = f", {row['cut']} prompt tokens cut" if row["cut"] else ""
         head = (
             f"\n{row['id']}  {row['prompt_tokens']} prompt + {row['target_tokens']} learned tokens"
         )
-        console.print(head + cut, markup=False, style="bold")
-        console.print(render(row["tokens"], console.is_terminal), soft_wrap=True)
+        head += f", {row['cut']} prompt tokens cut" if row["cut"] else ""
+        if row["needs_max_len"]:
+            head += f", does not fit: it needs max_len {row['needs_max_len']}"
+        say(head, "bold")
+        tokens = row["tokens"][: stage["max_len"]]
+        console.print(render(tokens, console.is_terminal), soft_wrap=True)
+        if len(tokens) < len(row["tokens"]):
+            say(f"... and {len(row['tokens']) - len(tokens)} tokens more", "dim")
         if row["label"] is not None:
-            console.print(f"class {row['label']}", markup=False, style="green")
+            say(f"class {row['label']}", "green")
         if row["target"]:
-            console.print(f"learned: {row['target']}", markup=False, style="green")
+            say(f"learned: {row['target']}", "green")
     numbers = stage["summary"]
-    console.print(
+    say(
         f"\n{numbers['rows']} {split} rows, longest {numbers['longest']} tokens; a row has "
         f"{numbers['edited_tokens_a_row']} edited and {numbers['learned_tokens_a_row']} learned "
         f"tokens on average; {numbers['prompts_cut']} prompts cut, "
-        f"{numbers['skipped_without_target']} rows without target skipped.",
-        markup=False,
+        f"{numbers['skipped_without_target']} rows without target skipped."
     )
+    if numbers["targets_too_long"]:
+        say(
+            f"{numbers['targets_too_long']} more rows have a target that does not fit into max_len "
+            f"{stage['max_len']}; training refuses them. {stage['remedy']}",
+            "yellow",
+        )
 
 
 def render(tokens: list[dict[str, Any]], colour: bool) -> Text:

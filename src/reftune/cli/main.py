@@ -1,7 +1,7 @@
 """The `reftune` command: joins the verbs and turns errors into one line and an exit code.
 
 Exit codes: 0 done, 1 unexpected, 2 recipe or usage, 3 data, 4 model, adapter, site or position,
-5 training, 130 interrupted.
+5 training, 130 interrupted, 143 terminated.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import errno
 import logging
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Sequence
 from typing import Annotated, Any, NoReturn
@@ -29,15 +30,16 @@ from reftune.cli import (
     methods,
     recipes,
     report,
+    stopping,
     sweep,
     train,
 )
-from reftune.cli.common import Interrupted
+from reftune.cli.stopping import TERMINATED, Interrupted, Terminated
 from reftune.errors import ReftuneError, TrainingError
 
 EXIT_CODES = """\
 **Exit codes:** 0 done · 1 unexpected · 2 recipe or usage · 3 data ·
-4 model, adapter, site or position · 5 training · 130 interrupted"""
+4 model, adapter, site or position · 5 training · 130 interrupted · 143 terminated"""
 
 
 class Group(TyperGroup):
@@ -115,7 +117,15 @@ def start(
 
 def run(argv: Sequence[str] | None = None) -> NoReturn:
     """Run the command line and leave the process with its exit code."""
-    sys.exit(main(argv))
+    stopping.install()
+    for stream in (sys.stdout, sys.stderr):  # a terminal without UTF-8 shows "?" for what it lacks
+        if "utf" not in (getattr(stream, "encoding", None) or "utf").lower():
+            stream.reconfigure(errors="replace")
+    try:
+        code = main(argv)
+    except KeyboardInterrupt:  # between two steps of main itself
+        code = _report(KeyboardInterrupt(), False)
+    sys.exit(code)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -134,11 +144,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         command = typer.main.get_command(app)
         code = command.main(arguments, prog_name="reftune", standalone_mode=False)
+        if code == Interrupted.exit_code:  # Ctrl-C before the verb began, which typer keeps
+            return _report(KeyboardInterrupt(), "--json" in arguments)
         return code if isinstance(code, int) else 0
     except BaseException as error:
         if debug and not isinstance(error, SystemExit):
-            raise
-        return _report(error, "--json" in arguments)
+            traceback.print_exception(error)
+        verb = next((word for word in arguments if not word.startswith("-")), "")
+        return _report(error, "--json" in arguments, verb)
 
 
 def _take(arguments: list[str], flag: str) -> tuple[bool, list[str]]:
@@ -148,14 +161,16 @@ def _take(arguments: list[str], flag: str) -> tuple[bool, list[str]]:
     return len(kept) < end, kept + arguments[end:]
 
 
-def _report(error: BaseException, as_json: bool) -> int:
+def _report(error: BaseException, as_json: bool, verb: str = "train") -> int:
     """Print an error in one go on standard error; return the exit code."""
-    if isinstance(error, SystemExit):
+    if isinstance(error, SystemExit) and error.code != TERMINATED:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, BrokenPipeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    known = translate(error)
+    known = translate(error, verb)
+    if isinstance(known, Interrupted | Terminated):
+        stopping.settle()
     _print_error(str(known))
     if as_json:
         from reftune.cli.common import print_json
@@ -166,18 +181,24 @@ def _report(error: BaseException, as_json: bool) -> int:
     return known.exit_code
 
 
-def translate(error: BaseException) -> ReftuneError:
-    """Turn any error into one the user can act on."""
+def translate(error: BaseException, verb: str = "train") -> ReftuneError:
+    """Turn any error into one the user can act on; `verb` is the command it came from."""
     if isinstance(error, ReftuneError):
         return error
+    if type(error).__name__ == "Abort" and isinstance(error.__cause__, EOFError):
+        return translate(error.__cause__, verb)  # typer takes every end of a file for Ctrl-D
     if isinstance(error, KeyboardInterrupt) or type(error).__name__ == "Abort":
         return Interrupted("Interrupted.")
+    if isinstance(error, SystemExit):
+        return Terminated("Terminated.", "Nothing under a final name is half-written.")
     if hasattr(error, "format_message"):  # a usage error of typer, whichever click it carries
         return _usage(error)
     if no_space_left(error):
         return TrainingError(
             "No space left on the device; files already complete are untouched.",
-            "Free space, or choose another place with --output, then go on with --resume.",
+            "Free space, or choose another place with --output, then go on with --resume."
+            if verb == "train"
+            else "Free space, then run the command again.",
         )
     text = str(error).strip().splitlines() or [""]
     if type(error).__name__ == "OutOfMemoryError" or "out of memory" in text[0].lower():
@@ -189,7 +210,8 @@ def translate(error: BaseException) -> ReftuneError:
         return ReftuneError(
             f"{type(error).__name__}: {error}.", "Check the path and its permissions."
         )
-    what = f"Unexpected {type(error).__name__}: {text[0]}"
+    told = text[0] if text[0].endswith((".", "!", "?")) else f"{text[0]}."
+    what = f"Unexpected {type(error).__name__}: {told}"
     return ReftuneError(what, "Run again with --debug to see where; please report it.")
 
 
@@ -226,6 +248,15 @@ def _print_error(text: str) -> None:
     err().print(Text("reftune: ", style="bold red") + Text(text), soft_wrap=True)
 
 
+def _is_no_false_alarm(record: logging.LogRecord) -> bool:
+    """Return whether a remark of a tokenizer is worth reading.
+
+    It says that a long text "will result in indexing errors" when it is tokenised, before reftune
+    cuts or refuses it, and says so.
+    """
+    return "sequence length is longer than the specified maximum" not in record.getMessage()
+
+
 def _set_up_logging(debug: bool, quiet: bool) -> None:
     """Log to standard error: reftune's own remarks, others' warnings."""
     from reftune.cli.common import is_main_process
@@ -238,9 +269,14 @@ def _set_up_logging(debug: bool, quiet: bool) -> None:
     if not debug:  # remarks of one library about another, which no user can act on
         warnings.filterwarnings("ignore", category=FutureWarning)
         warnings.filterwarnings("ignore", message="You are trying to modify a model with PEFT")
+    tokenizers = logging.getLogger("transformers.tokenization_utils_base")
+    change = tokenizers.removeFilter if debug else tokenizers.addFilter
+    change(_is_no_false_alarm)
     root.setLevel(logging.DEBUG if debug else logging.WARNING)
     talk = logging.DEBUG if debug else logging.WARNING if quiet else logging.INFO
     logging.getLogger("reftune").setLevel(talk if is_main_process() else logging.ERROR)
+    hub = logging.getLogger("huggingface_hub")  # a line for each of many tries
+    hub.setLevel(logging.DEBUG if debug else logging.ERROR)
     for name in ("matplotlib", "PIL", "urllib3", "filelock", "asyncio", "fsspec"):
         logging.getLogger(name).setLevel(logging.WARNING)
 

@@ -20,15 +20,27 @@ HeadOption = Annotated[
         "--head", help="causal, classification or seq2seq. Default: what the model says itself."
     ),
 ]
+BaseModelOption = Annotated[
+    str | None,
+    typer.Option(
+        "--base-model", help="Base model of an adapter. Default: the one it was trained on."
+    ),
+]
 
 
-def load_any(what: str, num_labels: int | None = None, head: str | None = None) -> Any:
+def load_any(
+    what: str,
+    num_labels: int | None = None,
+    head: str | None = None,
+    base_model: str | None = None,
+) -> Any:
     """Load a base model, an adapter, a stack, a trained model or a run folder.
 
     Args:
         what: `nano`, a folder or a hub name.
         num_labels: Classes of a classification head, where the task has them.
         head: Which head to load; default is the run's, the adapter's or the checkpoint's own.
+        base_model: Load an adapter onto this model instead of its own.
 
     Returns:
         (model, tokenizer)
@@ -38,31 +50,88 @@ def load_any(what: str, num_labels: int | None = None, head: str | None = None) 
         RecipeError: If there is no such head.
     """
     from reftune.config.recipe import ModelSpec
-    from reftune.model.build import load_base
+    from reftune.model.build import load_base, locate
     from reftune.model.checkpoint import describe, load_adapter, resolve_folder
 
     check_head(head)
+    if not is_adapter(what):
+        locate(ModelSpec(what))  # a folder that is no model says so, before libraries guess
     recipe = run_recipe(what)
     spec = recipe.model if recipe else ModelSpec()
     if not is_adapter(what):
+        if base_model:
+            raise RecipeError(f'"{what}" is no adapter.', "Leave --base-model out.")
         spec = replace(spec, name=what)
         head = "classification" if num_labels is not None else head or head_of(spec)
         return load_base(replace(spec, head=head), num_labels)
     facts = describe(what)
+    if base_model and facts["kind"] == "model":
+        raise RecipeError(f'"{what}" is no adapter.', "Leave --base-model out.")
     if facts["kind"] == "model":  # whose config tells the number of its classes
         spec = replace(spec, name=str(resolve_folder(what).resolve()), revision=None)
         return load_base(replace(spec, head=head or (spec.head if recipe else head_of(spec))))
-    base = recipe.model.name if recipe else facts.get("base")
+    base = base_model or (recipe.model.name if recipe else facts.get("base"))
+    if base_model:
+        spec = replace(spec, revision=None)
     wanted = head or ("classification" if num_labels is not None else spec.head)
-    knows_itself = head is None and (
-        recipe is None or (wanted == "classification" and num_labels is None)
+    knows_itself = (
+        head is None
+        and not base_model
+        and (recipe is None or (wanted == "classification" and num_labels is None))
     )
-    if knows_itself or not base:
-        return load_adapter(what)
+    if not base:
+        raise AdapterError(
+            f'"{what}" does not say which base model it needs.', "Add --base-model MODEL."
+        )
+    if knows_itself:
+        try:
+            return load_adapter(what)
+        except AdapterError as error:
+            raise AdapterError(
+                error.what, error.remedy.replace("Pass model=.", "Add --base-model MODEL.")
+            ) from error
     model, tokenizer = load_base(replace(spec, name=base, head=wanted), num_labels)
     if recipe and recipe.model.adapter and facts["kind"] != "stack":  # a stack holds it
         model, _ = load_adapter(recipe.model.adapter, model)
-    return load_adapter(what, model, tokenizer=tokenizer)
+    try:
+        return load_adapter(what, model, tokenizer=tokenizer)
+    except AttributeError as error:
+        raise AdapterError(
+            f'"{what}" cannot be put on a model with head {wanted}.', "Leave --head out."
+        ) from error
+
+
+def check_there(what: str) -> None:
+    """Refuse, without loading anything large, what `load_any` could not load.
+
+    Raises:
+        ModelError, AdapterError: If it is not there, or is something else.
+    """
+    from reftune.config.recipe import ModelSpec
+    from reftune.model.build import locate
+    from reftune.model.checkpoint import describe
+
+    if is_adapter(what):
+        describe(what)
+        return
+    locate(ModelSpec(what))
+
+
+def has_adapter(what: str) -> bool:
+    """Return whether a name is something with an adapter that can be switched off."""
+    from reftune.model.checkpoint import describe
+
+    return is_adapter(what) and describe(what)["kind"] != "model"
+
+
+def check_sampling(temperature: float | None, top_p: float | None) -> None:
+    """Raise RecipeError unless temperature and top_p, where given, can be sampled with."""
+    if temperature is not None and not 0 <= temperature < float("inf"):
+        raise RecipeError(
+            f"--temperature is {temperature}.", "Give a number such as 0.7; 0 is greedy."
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise RecipeError(f"--top-p is {top_p:g}.", "Give a share above 0, up to 1.")
 
 
 def check_head(head: str | None) -> None:
@@ -82,18 +151,41 @@ def head_of(spec: ModelSpec) -> str:
         return "causal"
     from transformers import AutoConfig
 
-    folder = Path(spec.name).expanduser()
-    place = str(folder) if folder.is_dir() else spec.name
+    from reftune.model.build import locate
+
     try:
         config = AutoConfig.from_pretrained(
-            place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+            locate(spec), revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, ReftuneError):
         return "causal"  # loading says what is wrong
     names = getattr(config, "architectures", None) or ()
     if any(name.endswith("ForSequenceClassification") for name in names):
         return "classification"
     return "seq2seq" if getattr(config, "is_encoder_decoder", False) else "causal"
+
+
+def context_of(spec: ModelSpec) -> int | None:
+    """Return how many tokens a base model can see, by its config alone; None if it sets no limit.
+
+    None too where there is no config to be found: loading the model will say what is wrong.
+    """
+    from types import SimpleNamespace
+
+    from transformers import AutoConfig
+
+    from reftune.inference.prompts import context_len
+    from reftune.model.build import locate
+
+    try:
+        config = AutoConfig.from_pretrained(
+            locate(spec),
+            revision=spec.revision,
+            trust_remote_code=spec.trust_remote_code,
+        )
+    except (OSError, ValueError, KeyError, ReftuneError):
+        return None
+    return context_len(SimpleNamespace(config=config))
 
 
 def is_adapter(what: str) -> bool:
@@ -108,6 +200,9 @@ def is_adapter(what: str) -> bool:
         return False
     from transformers.utils import find_adapter_config_file
 
+    from reftune.model.hub import check_reachable
+
+    check_reachable(what)
     try:
         return find_adapter_config_file(what) is not None
     except OSError:
@@ -122,18 +217,19 @@ def load_tokenizer(spec: ModelSpec) -> Any:
     """
     from transformers import AutoTokenizer
 
-    from reftune import nano
     from reftune.errors import ModelError
+    from reftune.model.build import locate
+    from reftune.model.places import REMEDY, said
 
+    folder = Path(spec.name).expanduser()
+    place = str(folder) if (folder / "tokenizer_config.json").is_file() else locate(spec)
     try:
-        place = nano.path(spec.name) if spec.name in nano.NAMES else spec.name
         return AutoTokenizer.from_pretrained(
             place, revision=spec.revision, trust_remote_code=spec.trust_remote_code
         )
     except (OSError, ValueError) as error:
         raise ModelError(
-            f'The tokenizer of "{spec.name}" could not be loaded: {str(error).splitlines()[0]}',
-            "Give nano, a model folder, or a hub name (needs the network).",
+            f'The tokenizer of "{spec.name}" could not be loaded: {said(error)}', REMEDY
         ) from error
 
 
@@ -150,6 +246,7 @@ def load_more(model: Any, name: str, path: str) -> None:
     """
     from reftune.model.checkpoint import describe, resolve_folder
     from reftune.model.levels import kind_of
+    from reftune.model.places import said
 
     kind = str(describe(path)["kind"])
     kind, mine = {"reftune": "reft"}.get(kind, kind), kind_of(model)
@@ -165,7 +262,7 @@ def load_more(model: Any, name: str, path: str) -> None:
         model.load_adapter(str(resolve_folder(path)), adapter_name=name)
     except (RuntimeError, ValueError, KeyError, TypeError) as error:
         raise AdapterError(
-            f"The adapter in {path} does not fit the model: {str(error).splitlines()[0]}",
+            f"The adapter in {path} does not fit the model: {said(error)}",
             "Give one that was trained on the same base model.",
         ) from error
 

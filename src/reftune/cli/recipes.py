@@ -67,9 +67,9 @@ def _list(as_json: bool) -> None:
     from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD)
-    for column in ("recipe", "what", "measured"):
-        table.add_column(column, overflow="fold")
+    table.add_column("recipe", no_wrap=True)
+    table.add_column("what, and what was measured", overflow="fold")
     for item in found:
-        table.add_row(item.name, Text(item.title), Text(item.measured, style="dim"))
+        table.add_row(item.name, Text(f"{item.title}\n") + Text(item.measured, style="dim"))
     out().print(table)
     out().print("reftune recipes --show NAME prints one, reftune train NAME runs it.")

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from reftune.cli.common import JsonFlag, note, out, print_json
-from reftune.errors import RecipeError
+from reftune.cli.common import JsonFlag, note, print_json, print_table
+from reftune.errors import DataError, RecipeError
 
 
 def report(
@@ -34,11 +34,13 @@ def report(
         reftune report runs/* --plot figures.png --curves losses.png
         reftune report runs/loreft-s1 runs/loreft-s2 runs/loreft-s3 --seeds
 
-    Whether two adapters differ on the same rows: `reftune eval A --against B`.
+    Of several folders those without a report (an unfinished run, a sweep, evaluations) are left
+    out, with a remark. Whether two adapters differ on the same rows: `reftune eval A --against B`.
     """
     from reftune.report.model import Report
     from reftune.report.tables import report_table, result_table
 
+    runs = finished(runs) if len(runs) > 1 else runs
     reports = [Report.read(run) for run in runs]
     rows = []
     if seeds:
@@ -56,9 +58,33 @@ def report(
     if markdown:
         print(table.to_markdown())
     else:
-        out().print(table.to_rich())
+        print_table(table)
     for path in written:
         note(f"wrote {path}")
+
+
+def finished(runs: list[str]) -> list[str]:
+    """Return those of several places that hold a report; say which do not.
+
+    What is not there at all stays in the list: a name with a typo must not go unseen.
+
+    Raises:
+        DataError: If none of them holds a report.
+    """
+    kept = []
+    for run in runs:
+        place = Path(run)
+        is_other_file = place.is_file() and place.suffix != ".json"
+        if is_other_file or (place.is_dir() and not (place / "report.json").is_file()):
+            note(f"{run} is left out: it holds no report.json of a finished run.")
+        else:
+            kept.append(run)
+    if not kept:
+        raise DataError(
+            f"None of the {len(runs)} places holds a report.json.",
+            "Give run folders that have finished.",
+        )
+    return kept
 
 
 def _draw(plot: str | None, curves: str | None, runs: list[str], reports: list) -> list[str]:  # type: ignore[type-arg]

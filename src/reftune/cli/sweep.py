@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reftune.cli.common import (
     DataDirOption,
-    Interrupted,
     JsonFlag,
     SetOption,
     is_main_process,
-    out,
     print_json,
+    print_table,
     read_recipe,
+    say,
 )
-from reftune.errors import RecipeError
+from reftune.cli.stopping import Interrupted
+from reftune.errors import RecipeError, TrainingError, nearest
+
+if TYPE_CHECKING:
+    from reftune.config.recipe import Recipe
+    from reftune.training.sweep import Cell
+
+
+NO_SPACE = ("No space left", "Disk quota exceeded", "cannot be written", "Could not write")
+"""In the words of a failure: the place was at fault, not the settings of the cell."""
 
 
 def sweep(
@@ -48,6 +58,7 @@ def sweep(
     values = parse_grid(grid)
     name = name or _default_name(recipe)
     resolved = read_recipe(recipe, set_, name, output, seed, data_dir)
+    _check_metric(resolved, metric)
     from reftune.training.sweep import sweep as sweep_recipe
 
     try:
@@ -70,9 +81,49 @@ def sweep(
             for cell in result.cells
         ]
         print_json({"metric": result.metric, "cells": cells, "best": str(best)})
+    else:
+        print_table(result.table())
+    _check_written(result.cells)
+    if json_:
         return
-    out().print(result.table().to_rich())
-    out().print(f"Train the best once on the test rows:  reftune train {best}", markup=False)
+    say(f"Train the best once on the test rows:  reftune train {best}")
+
+
+def _check_metric(recipe: Recipe, metric: str | None) -> None:
+    """Refuse a metric that no cell would have, before the first is trained.
+
+    Raises:
+        RecipeError: If scoring validation rows gives no such figure.
+    """
+    if metric in (None, "validation_loss"):
+        return
+    from reftune import tasks
+    from reftune.inference.figures import metric_names
+
+    task = tasks.get(recipe.task)
+    if metric == task.metric or "validation" not in task.splits:
+        return
+    known = metric_names(task, task.load("validation"), recipe.evaluation.samples)
+    if metric not in known:
+        raise RecipeError(
+            f'Scoring task "{recipe.task.name}" gives no metric "{metric}".',
+            nearest(metric, [*known, "validation_loss"]),
+        )
+
+
+def _check_written(cells: Sequence[Cell]) -> None:
+    """Refuse to call a cell the best if others failed for want of space, not by themselves.
+
+    Raises:
+        TrainingError: If a cell could not be written.
+    """
+    full = [cell for cell in cells if any(word in cell.failure for word in NO_SPACE)]
+    if full:
+        raise TrainingError(
+            f"{len(full)} of {len(cells)} cells could not be written; the first: {full[0].failure}",
+            "Free space and run the same command again: finished cells are kept. Until then the "
+            "best of the others may not be the best.",
+        )
 
 
 def parse_grid(texts: list[str]) -> dict[str, list[Any]]:

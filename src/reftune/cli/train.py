@@ -10,15 +10,17 @@ import typer
 
 from reftune.cli.common import (
     DataDirOption,
-    Interrupted,
     JsonFlag,
     SetOption,
     is_main_process,
     note,
-    out,
     print_json,
+    print_table,
     read_recipe,
+    say,
 )
+from reftune.cli.stopping import Interrupted
+from reftune.errors import RecipeError
 
 if TYPE_CHECKING:
     from reftune.config.recipe import Recipe
@@ -53,8 +55,11 @@ def train(
         reftune train my.yaml --resume     # after Ctrl-C, a crash or kill -9
 
     The folder `runs/NAME` then holds the adapter, `report.md`, `predictions.jsonl` and
-    `metrics.jsonl`. Several processes: `accelerate launch -m reftune train my.yaml`.
+    `metrics.jsonl`. Several processes, on GPUs or without:
+    `accelerate launch --multi_gpu --num_processes 2 -m reftune train my.yaml`.
     """
+    if resume and overwrite:
+        raise RecipeError("Both --resume and --overwrite are asked for.", "Choose one.")
     resolved = read_recipe(recipe, set_, name, output, seed, data_dir)
     if dry_run:
         from reftune.training.stages import check
@@ -107,8 +112,9 @@ def _show(report: Report, folder: Path) -> None:
     """Print what came out and what to do next."""
     from reftune.report.tables import report_table
 
-    out().print(report_table([report], title=str(folder)).to_rich())
+    print_table(report_table([report], title=str(folder)))
     quoted = shlex.quote(str(folder))
-    out().print(f"Read answers   {folder / 'predictions.jsonl'}", markup=False)
-    out().print(f"Talk to it     reftune chat {quoted}", markup=False)
-    out().print(f"Compare runs   reftune report {quoted} OTHER", markup=False)
+    if (folder / "predictions.jsonl").is_file():  # a run may be trained and not scored
+        say(f"Read answers   {folder / 'predictions.jsonl'}")
+    say(f"Talk to it     reftune chat {quoted}")
+    say(f"Compare runs   reftune report {quoted} OTHER")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import os
 import re
 from typing import Any
 
@@ -27,6 +28,11 @@ NOT_BELOW_ZERO = {
     "optimiser": ["weight_decay", "clip"],
     "evaluation": ["temperature", "top_k", "no_repeat_ngram_size"],
 }
+LARGEST = {
+    "": {"seed": 2**32 - 1, "threads": 16 * (os.cpu_count() or 1)},
+    "optimiser": {"lr": 100.0},
+}
+"""Values above which a library fails far from the cause, or no run could mean it."""
 TRACKERS = ("trackio", "wandb", "tensorboard")
 LAYER_REMEDY = (
     'Write "all", "late", "half", a list [0, 5], ranges "4-7", negative numbers "-1" '
@@ -62,6 +68,12 @@ def check_task(task: TaskSpec, reader: Reader) -> None:
     """Note the faults of a task by itself."""
     checker = Checker(reader)
     checker.ranges(task, "task", "task")
+    longest = task.options.get("max_new_tokens")
+    if isinstance(longest, int) and longest < 1:
+        checker.fault("task.max_new_tokens", f"{longest} is not above 0.")
+    if task.reward not in registries.reward_names():
+        known = nearest(task.reward, registries.reward_names())
+        checker.fault("task.reward", f"there is no reward {show(task.reward)}. {known}")
     seen: dict[str, str] = {}
     for split in ("train", "validation", "test"):
         source = getattr(task, split)
@@ -97,6 +109,10 @@ class Checker:
             value = getattr(spec, name)
             if not (math.isfinite(value) and value >= 0):
                 self.fault(join(key, name), f"{show(value)} is below 0 or not finite.")
+        for name, limit in LARGEST.get(group, {}).items():
+            value = getattr(spec, name)
+            if value is not None and value > limit:
+                self.fault(join(key, name), f"{show(value)} is above {limit:g}.")
 
     def grammar(self, key: str, parse: Any, text: Any, remedy: str = "") -> None:
         """Note a fault if `parse(text)` refuses the text."""

@@ -74,9 +74,18 @@ def loads(
     """
     faults = Faults()
     root = parse(text, source, faults)
+    _refuse_grid(root, source)
     if name and isinstance(root.value, dict):
         root.value.setdefault("name", Node(name))
     return _finish(root, overrides, source, faults)
+
+
+def _refuse_grid(root: Node, source: str) -> None:
+    """Refuse the other kind of YAML file there is, and name the command for it."""
+    if isinstance(root.value, dict) and {"recipe", "rows"} <= root.value.keys():
+        raise RecipeError(
+            f"{source} is a grid, no recipe.", f"Run it: python -m reftune.report.grid {source}"
+        )
 
 
 def from_dict(

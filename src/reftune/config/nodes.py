@@ -146,6 +146,11 @@ def parse(text: str, source: str, faults: Faults) -> Node:
             f"{source} is no valid YAML: {place}: {problem}.",
             "Check indentation, quotes and colons there.",
         ) from error
+    except RecursionError as error:
+        raise RecipeError(
+            f"{source} holds itself: an alias (*name) stands inside its own anchor (&name).",
+            "Write the value out.",
+        ) from error
     finally:
         loader.dispose()
 

@@ -105,5 +105,16 @@ def task_class(name: str) -> type:
     return _registry("tasks").task_class(name)
 
 
+def reward_names() -> list[str]:
+    """Return everything `task.reward` may name."""
+    return list(_registry("rewards").names())
+
+
+def coming() -> list[str]:
+    """Return the methods and objectives that are announced and not there yet."""
+    methods = importlib.import_module("reftune.methods").catalogue()
+    return [method.name for method in methods if method.status == "coming"]
+
+
 def _registry(name: str) -> Any:
     return importlib.import_module(f"reftune.{name}")

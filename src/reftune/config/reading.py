@@ -73,7 +73,7 @@ class Reader:
         for name, kind in field_types(cls).items():
             entry = node.value.get(name)
             below = join(key, name)
-            if entry is None or name in _NESTED:
+            if entry is None or name in _NESTED or is_dataclass(kind):
                 continue
             self.places[below] = entry
             value, wrong = check(entry.plain(), kind)
@@ -211,6 +211,10 @@ def _named(reader: Reader, names: Callable[[], list[str]], name: str, key: str, 
     known = names()
     if name in known:
         return True
+    if name in registries.coming():
+        text = f'the {what} "{name}" is coming; this version has not got it.{hint(name, known)}'
+        reader.fault(key, text)
+        return False
     reader.fault(key, f'there is no {what} "{name}".{hint(name, known)}')
     return False
 

@@ -39,6 +39,29 @@ def figures_of(run: Scored, predictions: list[Prediction], level: float) -> dict
     return {**main, **figures}
 
 
+def metric_names(task: Task, examples: Sequence[Example], samples: int = 1) -> list[str]:
+    """Return the figures that scoring examples would give, without any model.
+
+    Args:
+        task: The task.
+        examples: Rows of the split that would be scored.
+        samples: Answers a prompt.
+    """
+    few = list(examples[:2])
+    is_classified = task.kind == "classification"
+    answers: list[Any] = [0 if is_classified else ""] * len(few)
+    scores = [task.score(str(answer), example) for answer, example in zip(answers, few)]
+    names = [task.metric, *(name for row in scores for name in row)]
+    names += task.aggregate(scores, few, answers)
+    if task.kind == "choice":
+        names += ["choice_accuracy", "choice_accuracy_per_character"]
+        names += ["auroc"] if {len(example.choices) for example in few} == {2} else []
+    if samples > 1 and not is_classified:
+        sizes = {samples, *(2**i for i in range(1, samples.bit_length()) if 2**i < samples)}
+        names += [*(f"pass@{k}" for k in sorted(sizes)), f"majority@{samples}"]
+    return list(dict.fromkeys(names))
+
+
 def _mean_figure(predictions: list[Prediction], name: str, seed: int, level: float) -> Figure:
     """Return the mean of a metric over rows."""
     known = [p for p in predictions if math.isfinite(p.scores.get(name, math.nan))]

@@ -45,7 +45,7 @@ def lm_eval_model() -> type:
     except ImportError as error:
         raise ReftuneError(
             f"lm-evaluation-harness cannot be imported ({error}).",
-            'Install the extra "eval": pip install "reftune[eval]".',
+            "Install the extra eval; in the source folder: pip install -e '.[eval]'.",
         ) from error
 
     @register_model("reftune")
@@ -63,7 +63,7 @@ def lm_eval_model() -> type:
             **kwargs: Any,
         ) -> None:
             model, tokenizer = load(adapter, pretrained, tokenizer, dtype)
-            if device is not None:
+            if device is not None and _is_here(device):
                 model.to(device)
             super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, **kwargs)
 
@@ -123,6 +123,13 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments is not None:
         sys.argv = ["lm_eval", *arguments]
     cli_evaluate()
+
+
+def _is_here(device: str) -> bool:
+    """Say whether a device can be used: the harness asks for cuda:0 unless told otherwise."""
+    import torch
+
+    return not device.startswith("cuda") or torch.cuda.is_available()
 
 
 def _fitted(prompt: list[int], answer: list[int], max_len: int) -> Any:

@@ -109,9 +109,9 @@ def compute(model: nn.Module, ids: Sequence[int]) -> PrefixCache:
 
 def obstacle(model: nn.Module) -> str | None:
     """Return why prompts may not share a prefix on this model, or None."""
-    from reftune.model import causal
+    from reftune.model.obstacles import model_obstacle
 
-    return causal.model_obstacle(model)
+    return model_obstacle(model)
 
 
 def editable_from(rule: PositionRule, job: Job) -> int:

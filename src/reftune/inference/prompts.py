@@ -114,6 +114,7 @@ def encode_prompts(
             lead, text = around.lead, prompt
         else:
             lead, text = (), _render(tokenizer, prompt, index)
+        _check_text(text, index)
         ids = list(tokenizer(text, add_special_tokens=False)["input_ids"]) if text else []
         name, place, mask = f"Prompt {index}", None, None
         if subjects is not None and subjects[index] is not None:
@@ -129,6 +130,17 @@ def encode_prompts(
                 "Give the model at least one token to start from.",
             )
     return rows
+
+
+def _check_text(text: str, index: int) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        bad = text[error.start].encode("unicode_escape").decode()
+        raise DataError(
+            f"Prompt {index} is no UTF-8 text: character {error.start + 1} is {bad}.",
+            "Save it as UTF-8, or take that character out.",
+        ) from None
 
 
 def check_lengths(num_prompts: int, **columns: Sequence[Any] | None) -> None:

@@ -173,27 +173,6 @@ def newcombe_paired(
     )
 
 
-def newcombe(
-    successes_a: float, n_a: int, successes_b: float, n_b: int, level: float = 0.95
-) -> tuple[float, float]:
-    """Return Newcombe's interval of the difference of two independent shares (method 10).
-
-    low = D − √((p₁−l₁)² + (u₂−p₂)²),   high = D + √((u₁−p₁)² + (p₂−l₂)²),   D = p₁ − p₂
-
-    For systems scored on different rows; on the same rows use `mcnemar`.
-
-    >>> [round(end, 4) for end in newcombe(56, 70, 48, 80)]
-    [0.0524, 0.3339]
-    """
-    low_a, high_a = wilson(successes_a, n_a, level)
-    low_b, high_b = wilson(successes_b, n_b, level)
-    p_a, p_b = successes_a / n_a, successes_b / n_b
-    return (
-        p_a - p_b - math.hypot(p_a - low_a, high_b - p_b),
-        p_a - p_b + math.hypot(high_a - p_a, p_b - low_b),
-    )
-
-
 def paired_bootstrap(
     a: Sequence[Any],
     b: Sequence[Any],

@@ -17,7 +17,9 @@ from reftune.config.options import LoraOptions
 from reftune.config.recipe import AdapterSpec, ModelSpec
 from reftune.errors import AdapterError, ModelError, nearest
 from reftune.model import quantised
+from reftune.model.hub import check_reachable
 from reftune.model.names import is_embedded
+from reftune.model.places import REMEDY, check_base_folder, said
 from reftune.model.record import SPEC, task_of
 from reftune.model.sites import base_of
 
@@ -56,7 +58,7 @@ def load_base(
     from transformers import AutoTokenizer
 
     spec = ModelSpec(name=spec) if isinstance(spec, str) else spec
-    place, device = _locate(spec), torch.device(device or default_device())
+    place, device = locate(spec), torch.device(device or default_device())
     kwargs: dict[str, Any] = {
         "dtype": "auto" if spec.dtype == "auto" else getattr(torch, spec.dtype)
     }
@@ -83,20 +85,20 @@ def load_base(
             model = _auto_class(spec, num_labels).from_pretrained(place, **kwargs, **remote)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(
-            f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
-            "Give nano, a folder with config.json and weights, or a hub name (needs the network).",
+            f'The model "{spec.name}" could not be loaded: {said(error)}',
+            REMEDY,
         ) from error
     except ImportError as error:
         raise ModelError(
-            f'The model "{spec.name}" could not be loaded: {_first_line(error)}',
-            f"Install what it needs; for quantised weights: {quantised.INSTALL}",
+            f'The model "{spec.name}" could not be loaded: {said(error)}',
+            _missing(spec),
         ) from error
     except RuntimeError as error:
         if spec.quantize == "none" or isinstance(error, torch.OutOfMemoryError):
             raise
         raise ModelError(
             f'The model "{spec.name}" could not be quantised to {spec.quantize} on '
-            f"{device.type}: {_first_line(error)}",
+            f"{device.type}: {said(error)}",
             f"Choose another model.quantize or device, or newer libraries: {quantised.INSTALL}",
         ) from error
     quantised.settle(model)
@@ -109,6 +111,15 @@ def load_base(
     if spec.quantize == "none":
         model.to(device)
     return model.eval(), tokenizer
+
+
+def _missing(spec: ModelSpec) -> str:
+    """Return what to do where a package that loading needs is not installed."""
+    if spec.quantize != "none":
+        return f"Install what it needs; for quantised weights: {quantised.INSTALL}"
+    if spec.attention not in ("auto", "sdpa", "eager"):
+        return "Install it, or set model.attention: auto."
+    return "Install what it needs."
 
 
 def default_device() -> str:
@@ -135,7 +146,13 @@ def _quiet(on: bool) -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _locate(spec: ModelSpec) -> str:
+def locate(spec: ModelSpec) -> str:
+    """Return where a base model is loaded from: a folder that holds one, or its hub name.
+
+    Raises:
+        ModelError: If it is a folder that is not there, or holds no base model, or a hub name and
+            the hub cannot be reached.
+    """
     if is_embedded(spec.name):
         from reftune.nano import path
 
@@ -143,12 +160,21 @@ def _locate(spec: ModelSpec) -> str:
             return str(path(spec.name))
         except ValueError as error:
             raise ModelError(str(error)) from error
-    looks_local = spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1
-    if looks_local and not Path(spec.name).expanduser().is_dir():
+    folder = Path(spec.name).expanduser()
+    if folder.is_dir():
+        check_base_folder(folder, spec.name)
+        return str(folder)
+    if spec.name.startswith((".", "/", "~")) or spec.name.count("/") > 1 or _among_runs(folder):
         raise ModelError(
             f'The model folder "{spec.name}" does not exist.', "Check the path, or use nano."
         )
-    return str(Path(spec.name).expanduser()) if looks_local else spec.name
+    check_reachable(spec.name, spec.revision)
+    return spec.name
+
+
+def _among_runs(folder: Path) -> bool:
+    """Return whether a folder would stand beside run folders: then it is no name of the hub."""
+    return folder.parent != Path(".") and any(folder.parent.glob("*/recipe.yaml"))
 
 
 def _auto_class(spec: ModelSpec, num_labels: int | None) -> Any:
@@ -183,10 +209,6 @@ def _is_stored_so(spec: ModelSpec, place: str) -> bool:
             "Use quantize: none: they are loaded as they are stored.",
         )
     return stored != "none"
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def apply_adapter(model: nn.Module, spec: AdapterSpec, seed: int = 42) -> nn.Module:
@@ -259,9 +281,7 @@ def _lora(model: nn.Module, spec: AdapterSpec) -> nn.Module:
     try:
         adapted = get_peft_model(model, config, adapter_name=spec.name)
     except ValueError as error:
-        raise AdapterError(
-            f"lora: {_first_line(error)}", "Name the modules with targets."
-        ) from error
+        raise AdapterError(f"lora: {said(error)}", "Name the modules with targets.") from error
     keep_below_active(adapted)
     return adapted
 

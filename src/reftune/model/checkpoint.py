@@ -25,13 +25,16 @@ from reftune.model.levels import (
     kind_of,
     model_card,
     parts,
+    refuse_foreign,
 )
-from reftune.model.record import base_record, spec_from, warn_other_base
+from reftune.model.record import base_record, check_tensors, spec_from, warn_other_base
 from reftune.model.sites import base_of
+from reftune.report.files import write_text_atomic
 
 STACK = "stack.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+CARD = "README.md"
 SIDECAR = "reftune.json"
 """Beside adapters of other kinds: what our own config says of the base model."""
 
@@ -42,6 +45,7 @@ __all__ = [
     "push",
     "resolve_folder",
     "save_adapter",
+    "write_card",
 ]
 
 
@@ -78,6 +82,19 @@ def save_adapter(
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     return folder
+
+
+def write_card(model: nn.Module, folder: str | Path, figures: dict[str, Any]) -> None:
+    """Write the card of an artefact again, whole or not at all; a whole model has none.
+
+    Args:
+        model: The model the artefact was saved from, or loaded on.
+        folder: The artefact's folder.
+        figures: Figures of the run.
+    """
+    found = parts(model)
+    if found:
+        write_text_atomic(Path(folder) / CARD, model_card(found, figures))
 
 
 def _folder_mode() -> int:
@@ -118,7 +135,7 @@ def _write(model: nn.Module, folder: Path, figures: dict[str, Any], name: str | 
             order.append({"folder": place, "kind": part.kind, "name": part.name})
         text = json.dumps({"order": order, "base": found[0].base_name()}, indent=2)
         (folder / STACK).write_text(text + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(model_card(found, figures), encoding="utf-8")
+    (folder / CARD).write_text(model_card(found, figures), encoding="utf-8")
 
 
 def numbered(kind: str, before: int) -> str:
@@ -184,6 +201,7 @@ def load_adapter(
         AdapterError: If the folder is not an adapter, is corrupted or does not fit the base model.
     """
     folder = resolve_folder(path)
+    refuse_foreign(folder)
     how = {"device": device, "trust_remote_code": trust_remote_code}
     if (folder / STACK).is_file():
         base, layers = _read_stack(folder)
@@ -364,14 +382,7 @@ def _known_peft_types() -> list[str]:
 def _check_complete(model: nn.Module, saved: set[str], folder: Path) -> None:
     name = active_of(model)
     level = Part(model, name, kind_of(model), model.peft_config[name], is_level=True)
-    present = set(level.tensors())
-    if present != saved:
-        lost, missing = sorted(saved - present), sorted(present - saved)
-        raise AdapterError(
-            f"The weights in {folder} do not match the adapter: {len(missing)} missing, "
-            f"{len(lost)} without a place (first: {(missing or lost)[0]}).",
-            "The folder is damaged, or the base model differs from the one it was trained on.",
-        )
+    check_tensors(saved, set(level.tensors()), folder)
 
 
 def adapter_bytes(path: str | Path) -> int:
@@ -382,6 +393,7 @@ def adapter_bytes(path: str | Path) -> int:
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what an artefact is, without loading it."""
     folder = resolve_folder(path)
+    refuse_foreign(folder)
     if (folder / STACK).is_file():
         base, found = _read_stack(folder)
         order = [place.name for place, _ in found]

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from reftune.errors import AdapterError
 from reftune.interventions import get as get_method
 from reftune.interventions.base import ACTIVATIONS, FREE_SCALE
+from reftune.model.levels import refuse_foreign
 
 KEY = re.compile(r"intkey_layer[._](\d+)[._]comp[._](.+?)[._]unit[._].*?#(\d+)\.bin")
 TOLERANCE = 1e-5
@@ -111,6 +112,7 @@ def read_pyreft(folder: Path) -> list[Piece]:
     """
     files = sorted(folder.glob("intkey_*.bin")) if folder.is_dir() else []
     if not files:
+        refuse_foreign(folder)
         raise AdapterError(
             f'"{folder}" holds no intkey_*.bin file.', "Give a folder written by pyreft's save."
         )
@@ -126,10 +128,7 @@ def read_pyreft(folder: Path) -> list[Piece]:
             raise AdapterError(
                 f'{file.name} acts on "{match[2]}".', "Only block_output can be converted."
             )
-        try:
-            state = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as error:
-            raise AdapterError(f"{file.name} cannot be read: {error}", "Save it again.") from error
+        state = _read_state(file)
         method, tensors = _translate(state, file.name, types)
         pieces.append(Piece(int(match[1]), int(match[3]), method, tensors))
     if len({(piece.method, piece.rank) for piece in pieces}) != 1:
@@ -139,13 +138,39 @@ def read_pyreft(folder: Path) -> list[Piece]:
     return sorted(pieces, key=lambda piece: (piece.layer, piece.order))
 
 
+def _read_state(file: Path) -> dict[str, Tensor]:
+    """Read the tensors of one intervention.
+
+    Raises:
+        AdapterError: If the file is damaged or holds something else.
+    """
+    remedy = "Copy it again, or save it again with pyreft."
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise AdapterError(f"{file} cannot be read: {error}.", "Check its permissions.") from error
+    except Exception as error:  # torch's own messages say nothing of the file, such as "174812789"
+        what = f"{file} cannot be read: it is damaged, or was not written by torch."
+        raise AdapterError(what, remedy) from error
+    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
+        raise AdapterError(f"{file} holds no tensors by name.", remedy)
+    return state
+
+
 def _types(folder: Path) -> str:
+    """Return the names of the interventions' classes, where the folder tells them."""
     config = folder / "config.json"
     if not config.is_file():
         return ""
-    return " ".join(
-        map(str, json.loads(config.read_text(encoding="utf-8")).get("intervention_types", []))
-    )
+    try:
+        return " ".join(
+            map(str, json.loads(config.read_text("utf-8")).get("intervention_types", ()))
+        )
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        raise AdapterError(
+            f"{config} cannot be read: it is damaged, or holds no settings.",
+            "Copy it again, or save it again with pyreft.",
+        ) from error
 
 
 def _translate(

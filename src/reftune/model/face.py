@@ -25,7 +25,7 @@ from peft.utils import register_peft_method
 from peft.utils.peft_types import TaskType
 from torch import nn
 
-from reftune.errors import ReftuneError
+from reftune.errors import AdapterError, ReftuneError
 from reftune.interventions import get as get_method
 from reftune.interventions.base import Intervention, InterventionConfig
 from reftune.model import adapters as core
@@ -33,11 +33,34 @@ from reftune.model.levels import amend_card
 from reftune.model.merge import merge_adapter
 from reftune.model.names import public_name
 from reftune.model.quantised import check_backward
-from reftune.model.record import base_record, check_base, check_below, task_of, warn_other_base
+from reftune.model.record import (
+    base_record,
+    check_base,
+    check_below,
+    check_tensors,
+    task_of,
+    warn_other_base,
+)
 from reftune.model.site import CHILD, Site
 from reftune.model.sites import base_of, find_blocks, find_targets
 
 MEMBER = "REFTUNE"
+OLDEST_PEFT = (0, 21)
+"""The first PEFT that puts back the tensors of our adapters by the names they were saved under."""
+
+
+def _check_peft(version: str) -> None:
+    """Raise AdapterError for a PEFT that warns where a loaded adapter stays untrained."""
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < OLDEST_PEFT:
+        oldest = ".".join(map(str, OLDEST_PEFT))
+        raise AdapterError(
+            f"PEFT {version} is installed, reftune needs {oldest} or newer: an older one loads "
+            "adapters without their trained weights.",
+            f"Run: pip install -U 'peft>={oldest}'",
+        )
+
+
+_check_peft(peft.__version__)
 
 
 def _add_member() -> None:
@@ -348,6 +371,36 @@ class ReftModel(BaseTuner):
         pattern = rf"(\.{CHILD}\.reft_(?:tied|prefix|suffix))\.{re.escape(adapter_name)}(?=\.)"
         short, count = re.subn(pattern, r"\1", key)
         return short if count else super()._remove_adapter_name_from_key(key, adapter_name)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, adapter_name: str, **more: Any
+    ) -> dict[str, torch.Tensor]:
+        """Insert the adapter's name; PEFT would only warn of weights that are not there.
+
+        Raises:
+            AdapterError: If the tensors are not those of the adapter.
+        """
+        found = super()._remap_adapter_state_dict_for_load(
+            model=model, adapter_name=adapter_name, **more
+        )
+        own = {
+            f"{place}.reft_{group}.{adapter_name}.{key}"
+            for place, site in model.named_modules()
+            if isinstance(site, Site)
+            for group, module in site.groups(adapter_name).items()
+            for key in module.state_dict()
+        }
+        given = {_plain_key(key) for key in found if f".{CHILD}.reft_" in key}
+        place = f'the artefact of "{adapter_name}"'
+        check_tensors(given, {_plain_key(key) for key in own}, place)
+        return found
+
+
+def _plain_key(key: str) -> str:
+    """Return a tensor's name without what PEFT and wrappers of modules put in front of it."""
+    parts = key.removeprefix("base_model.model.").split(".")
+    return ".".join(part for part in parts if not part.startswith("_"))
 
 
 def get_peft_model(

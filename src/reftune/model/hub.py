@@ -2,16 +2,54 @@
 
 from __future__ import annotations
 
+import difflib
 import shutil
 import tempfile
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from reftune.errors import AdapterError
+from reftune.errors import AdapterError, ModelError
+from reftune.nano import NAMES
 
 NAME = "owner/name, or owner/name@revision"
+
+
+@lru_cache(maxsize=64)
+def check_reachable(name: str, revision: str | None = None) -> None:
+    """Ask the hub once about a model that is not here, rather than many times for its files.
+
+    Args:
+        name: What may be a hub name.
+        revision: Branch, tag or commit.
+
+    Raises:
+        ModelError: If it cannot be a hub name, or the hub cannot be reached.
+    """
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    if "/" not in name and difflib.get_close_matches(name, NAMES, n=1, cutoff=0.6):
+        close = difflib.get_close_matches(name, NAMES, n=1, cutoff=0.6)[0]
+        raise ModelError(f'There is no model "{name}".', f'Did you mean "{close}"?')
+    try:
+        if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+            return
+        if not constants.HF_HUB_OFFLINE:
+            HfApi().model_info(name, revision=revision, timeout=10)
+    except HFValidationError as error:
+        raise ModelError(
+            f'"{name}" is neither a folder nor a hub name.', "Give nano, a folder or owner/name."
+        ) from error
+    except HfHubHTTPError:
+        return  # it answers: loading says what is wrong
+    except Exception as error:  # what the hub's library raises differs between its versions
+        raise ModelError(
+            f'"{name}" is no local folder and the hub cannot be reached ({type(error).__name__}).',
+            "Check the name and the network, or give nano or a model folder.",
+        ) from error
 
 
 def download(name: str) -> Path:

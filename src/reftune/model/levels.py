@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,6 +54,27 @@ class Part:
             return str(self.config.peft_type.value)
         config = self.config
         return f"{config.method} on layers {config.layers}, positions {config.positions}"
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Refuse a folder of the adapters library, which calls its config as PEFT does.
+
+    Raises:
+        AdapterError: If the folder is one.
+    """
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # whoever reads it says what is wrong
+    if not isinstance(config, dict) or "peft_type" in config:
+        return
+    version = str(config.get("version", ""))
+    if version.startswith("adapters.") or {"config", "model_class"} <= config.keys():
+        name = f' "{config["name"]}"' if config.get("name") else ""
+        raise AdapterError(
+            f"{folder} holds the adapter{name} of the adapters library, which cannot be converted.",
+            "Train it again: docs/moving.md says what its settings are called here.",
+        )
 
 
 def levels(model: nn.Module) -> list[nn.Module]:
@@ -261,10 +283,7 @@ def model_card(parts: list[Part], figures: dict[str, Any], place: str = PLACE) -
         lines += ["| figure | value |", "|---|---|"]
         lines += [f"| {key} | {value} |" for key, value in figures.items()]
         lines.append("")
-    lines.append(
-        "Trained with [reftune](https://pypi.org/project/reftune/). "
-        "With plain PEFT, `import reftune.peft` first."
-    )
+    lines.append("Trained with reftune. With plain PEFT, `import reftune.peft` first.")
     return "\n".join(lines) + "\n"
 
 

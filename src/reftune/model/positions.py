@@ -31,6 +31,8 @@ from reftune.errors import PositionError, nearest
 TERMS = ("fP", "lS", "last", "all_prompt", "generated:K", "response", "subject_last", "all", "mask")
 PREFIX, SUFFIX, TIED = "prefix", "suffix", "tied"
 SHORT = ("union", "paper", "error")
+MOST = 10**6
+"""Largest count of a term; larger ones overflow in tensors and fit no prompt."""
 
 
 @dataclass
@@ -208,6 +210,10 @@ def _parse_term(term: str, text: str) -> tuple[str, int | bool]:
             f'"{term}" in the position rule "{text}" is not a term.', nearest(term, TERMS)
         )
     count = int(match[2])
+    if count > MOST:
+        raise PositionError(
+            f'"{term}" in "{text}" counts more tokens than any prompt has.', "Use all."
+        )
     if count < 1:
         raise PositionError(f'"{term}" in "{text}" counts no token.', "Use a count of at least 1.")
     return {"f": "prefix", "l": "suffix", "generated:": "generated"}[match[1]], count

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from reftune.errors import AdapterError, ModelError
 
 LIBRARIES = {"int8": "bitsandbytes", "int4": "bitsandbytes", "torchao_int8": "torchao"}
-INSTALL = "pip install -U 'reftune[quant]'"
+INSTALL = "pip install -U -e '.[quant]'"
 REPACKS = "support_avx512bf16_for_cpu"
 """bitsandbytes' switch of a module: repack 4-bit weights at the first forward pass without grad."""
 WORDY = "bitsandbytes.autograd._functions"

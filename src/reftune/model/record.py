@@ -158,6 +158,24 @@ def check_base(config: Any, dim: int, num_layers: int) -> None:
         )
 
 
+def check_tensors(given: set[str], own: set[str], place: str | Path) -> None:
+    """Raise AdapterError when the tensors given for an adapter are not the ones it has.
+
+    Args:
+        given: Names of the tensors to load.
+        own: Names of the adapter's tensors.
+        place: Where they come from.
+    """
+    if given == own:
+        return
+    lost, missing = sorted(given - own), sorted(own - given)
+    raise AdapterError(
+        f"The weights in {place} do not match the adapter: {len(missing)} missing, "
+        f"{len(lost)} without a place (first: {(missing or lost)[0]}).",
+        "The folder is damaged, or the base model differs from the one it was trained on.",
+    )
+
+
 def check_below(config: Any, model: nn.Module) -> None:
     """Raise AdapterError when the adapter this one was trained on top of is missing."""
     below = getattr(model, "peft_config", None) or {}

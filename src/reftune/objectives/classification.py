@@ -1,4 +1,8 @@
-"""Sequence classification and regression on the model's class head."""
+"""Sequence classification and regression on the model's class head.
+
+Left out on purpose: several labels at once for a row, weights of classes, label smoothing, and
+losses over tokens (tagging, spans).
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
 """Runs the cells of a grid, one after the other, and publishes what is finished.
 
     python -m reftune.report.grid recipes/grids/families.yaml --max-minutes 30
+    python -m reftune.report.grid recipes/grids/families.yaml --only loreft --seed 1
+    python -m reftune.report.grid recipes/grids/families.yaml --only "loreft*"
 
 Finished cells are skipped, an interrupted cell is resumed, and a cell that was run with another
 recipe is kept under a new name and run again. Open cells are printed and published as open.
@@ -16,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
 
@@ -188,7 +191,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--max-minutes", type=float, help="start no cell that would not fit")
     parser.add_argument("--workers", type=int, default=1, help="cells at the same time")
     parser.add_argument("--list", action="store_true", help="print the cells and stop")
-    parser.add_argument("--only", default="", help="only rows whose name begins so")
+    parser.add_argument("--only", default="*", help="only the row of this name; * for any letters")
     parser.add_argument("--seed", type=int, help="only this seed")
     parser.add_argument("--output", default="", help="folder of run folders")
     parser.add_argument("--results", default="docs/results.json", help="file to publish to")
@@ -238,7 +241,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _chosen(cell: Cell, arguments: argparse.Namespace) -> bool:
     if arguments.seed is not None and cell.seed != arguments.seed:
         return False
-    return cell.row.startswith(arguments.only) or cell.row.partition("/")[2] == arguments.only
+    return any(fnmatchcase(cell.row, place + arguments.only) for place in ("", "*/"))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ class Report(BaseModel):
     seed: int | None = None
     """Seed of the run."""
     trainable_parameters: int | None = None
-    """Trained parameters (of the last stage)."""
+    """Trained parameters over all stages; an adapter that several stages trained counts once."""
     trainable_fraction: float | None = None
     """Trained parameters as a share of the base model's."""
     adapter_bytes: int | None = None

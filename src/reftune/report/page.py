@@ -24,6 +24,9 @@ ABOUT = {
     "seed, few rows. They say nothing about a method.",
     "speed": "Random models; medians over rounds in which the contenders take turns, ratios "
     "within a round, peak bytes of one step.",
+    "causal": "Causal caching on random models, by prompt and answer length. Position sets: a, the "
+    "first and last 4 prompt tokens; b, last 4; c, the response (all layers); g, the last prompt "
+    "token at three late layers. Plain hooks, logits at labels (lean), recomputed, stored.",
     "parity": "reftune's LoReFT against pyreft's from equal weights. A value holds if it is "
     "within its bar.",
     "gates": "What the embedded model can do before anything is trained on it. A bar that is "
@@ -31,7 +34,7 @@ ABOUT = {
 }
 """A sentence under the headings of known sections, in the order in which they stand first."""
 
-ORDER = ("demo", "families", "passages", "ablation", "smoke", "speed", "parity", "gates")
+ORDER = ("demo", "families", "passages", "ablation", "smoke", "speed", "causal", "parity", "gates")
 MANY = 6
 """More commands than this are folded away."""
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     import rich.table
 
 OPEN = "open"
+EDGE = 3
+"""Blanks that a column of a table takes beside its text on the terminal."""
 LOWER_IS_BETTER = {"seconds", "bytes", "nats", "ratio"}
 
 
@@ -45,6 +47,8 @@ class Table:
     best: list[Literal["high", "low"] | None] = field(default_factory=list)
     title: str = ""
     rows: list[list[Cell]] = field(default_factory=list)
+    dispensable: list[str] = field(default_factory=list)
+    """Columns that a narrow terminal may do without, the first to go first."""
 
     def add(self, *entries: str | Cell) -> None:
         """Add a row."""
@@ -73,24 +77,71 @@ class Table:
             lines.append(_line(marked))
         return "\n".join(lines)
 
-    def to_rich(self) -> rich.table.Table:
-        """Return a table for a rich console."""
+    def to_rich(self, width: int | None = None) -> rich.table.Table:
+        """Return a table for a rich console.
+
+        Args:
+            width: Columns of the terminal. Heads and words are never cut: dispensable columns are
+                left out, and named below, until the longest words of the others fit. None: all.
+        """
         import rich.box
         import rich.table
         from rich.text import Text
 
+        gone = [] if width is None else self._without_room(width)
+        shown = [j for j, name in enumerate(self.columns) if name not in gone]
+        widths = {} if width is None else self._widths(shown, width)
         table = rich.table.Table(
-            title=self.title or None, title_justify="left", box=rich.box.SIMPLE_HEAD
+            title=self.title or None,
+            title_justify="left",
+            box=rich.box.SIMPLE_HEAD,
+            caption=f"No room here for: {', '.join(gone)}." if gone else None,
+            caption_justify="left",
         )
-        for column, name in enumerate(self.columns):
-            table.add_column(name, justify="right" if self._numeric(column) else "left")
+        for j in shown:
+            justify = "right" if self._numeric(j) else "left"
+            table.add_column(self.columns[j], justify=justify, overflow="fold", width=widths.get(j))
         winners = self.winners()
         for i, row in enumerate(self.rows):
             styles = ["bold green" if (i, j) in winners else "" for j in range(len(row))]
             dim = ["dim" if cell.text == OPEN else "" for cell in row]
             cells = [Text(cell.text, style=a or b) for cell, a, b in zip(row, styles, dim)]
-            table.add_row(*cells)
+            table.add_row(*(cells[j] for j in shown))
         return table
+
+    def _without_room(self, width: int) -> list[str]:
+        """Return the dispensable columns that do not fit beside the others."""
+        needs = {name: self._longest_word(j) + EDGE for j, name in enumerate(self.columns)}
+        gone: list[str] = []
+        for name in self.dispensable:
+            if sum(needs.values()) < width:
+                break
+            if needs.pop(name, None) is not None:
+                gone.append(name)
+        return gone
+
+    def _widths(self, columns: list[int], width: int) -> dict[int, int]:
+        """Share a terminal among columns: the longest word of each, then whole cells where it goes.
+
+        Nothing where everything fits, or not even the words do.
+        """
+        least = {j: self._longest_word(j) for j in columns}
+        whole = {j: max(map(len, self._texts(j))) for j in columns}
+        room = width - 1 - EDGE * len(columns)
+        if sum(whole.values()) <= room or sum(least.values()) > room:
+            return {}
+        spare = room - sum(least.values())
+        for j in sorted(columns, key=lambda j: whole[j] - least[j]):
+            more = min(spare, whole[j] - least[j])
+            least[j] += more
+            spare -= more
+        return least
+
+    def _longest_word(self, column: int) -> int:
+        return max(len(word) for text in self._texts(column) for word in text.split() or [""])
+
+    def _texts(self, column: int) -> list[str]:
+        return [self.columns[column], *(row[column].text for row in self.rows)]
 
     def _numeric(self, column: int) -> bool:
         return any(row[column].value is not None for row in self.rows)
@@ -172,6 +223,7 @@ def report_table(reports: Sequence[Report], title: str = "") -> Table:
         columns=["run", "method", "task", *names, "trained", "share", "adapter", "training"],
         best=[None, None, None, *better, None, None, None, None],
         title=title,
+        dispensable=["share", "adapter", "training", "task", "trained"],
     )
     for report, figures, is_base in lines:
         cells = [_figure_cell(figures.get(name)) for name in names]
@@ -201,6 +253,7 @@ def result_table(rows: Sequence[ResultRow], title: str = "") -> Table:
         columns=["name", "method", "task", "model", "metric", "value", "rows", "trained", "time"],
         best=[None] * 5 + [rules.pop() if len(rules) == 1 and len(metric) == 1 else None],
         title=title,
+        dispensable=["time", "rows", "model", "trained", "task"],
     )
     table.best += [None] * 3
     for row in rows:

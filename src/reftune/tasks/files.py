@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +53,11 @@ def read_rows(path: str | Path) -> list[Row]:
     """
     path = Path(path)
     suffix = suffix_of(path)
+    if path.is_dir():
+        raise DataError(f'"{path}" is a folder.', "Give a file in it.")
     if not path.is_file():
+        if path.is_symlink():
+            raise DataError(f'"{path}" is a link to nothing, or to itself.', "Mend the link.")
         raise DataError(f'No file "{path}".', _siblings(path))
     if suffix is None:
         raise DataError(
@@ -100,13 +104,44 @@ def _short(value: Any) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+class _Unusable(ValueError):
+    """JSON that Python reads and nothing else can use, or that Python refuses."""
+
+
+def _loads(text: str) -> Any:
+    """Read JSON.
+
+    Raises:
+        json.JSONDecodeError: If it is malformed.
+        _Unusable: If it is too deep, holds a number of thousands of digits, or half a character.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError:
+        raise _Unusable("JSON nested too deeply") from None
+    except ValueError as error:
+        raise _Unusable(f"a number that cannot be read ({error})") from None
+    if "\\ud" in text.lower():
+        try:
+            json.dumps(value, ensure_ascii=False).encode()
+        except UnicodeEncodeError:
+            raise _Unusable("half a character (a lone surrogate, \\ud800 to \\udfff)") from None
+    return value
+
+
 def _read_jsonl(path: Path) -> Iterator[Row]:
     with _open(path) as file:
         for line, text in enumerate(file, start=1):
             if not text.strip():
                 continue
             try:
-                value = json.loads(text)
+                value = _loads(text)
+            except _Unusable as error:
+                raise DataError(
+                    f"{path}, line {line}: {error}.", "Mend or delete this line."
+                ) from error
             except json.JSONDecodeError as error:
                 raise DataError(
                     f"{path}, line {line}: malformed JSON ({error.msg}, column {error.colno}): "
@@ -122,7 +157,9 @@ def _read_json(path: Path) -> Iterator[Row]:
     if not text.strip():
         return
     try:
-        value = json.loads(text)
+        value = _loads(text)
+    except _Unusable as error:
+        raise DataError(f"{path}: {error}.", "Mend the file.") from error
     except json.JSONDecodeError as error:
         hint = " It looks like JSON lines: name it .jsonl." if error.msg == "Extra data" else ""
         raise DataError(
@@ -143,6 +180,7 @@ def _read_csv(path: Path) -> Iterator[Row]:
         is_tabbed = ".tsv" in (suffix_of(path) or "")
         reader = csv.DictReader(file, strict=True, delimiter="\t" if is_tabbed else ",")
         try:
+            _refuse_doubled(reader.fieldnames or [], path)
             for row in reader:
                 yield _csv_row(row, path, reader.line_num)
         except csv.Error as error:
@@ -150,6 +188,15 @@ def _read_csv(path: Path) -> Iterator[Row]:
                 f"{path}, line {reader.line_num}: malformed CSV ({error}).",
                 'Quote fields with commas, line breaks or quotes; double the inner quotes ("").',
             ) from error
+
+
+def _refuse_doubled(names: Sequence[str], path: Path) -> None:
+    doubled = sorted({name for name in names if list(names).count(name) > 1})
+    if doubled:
+        raise DataError(
+            f"{path}, line 1: the column {', '.join(map(repr, doubled))} stands there twice.",
+            "Give each column its own name.",
+        )
 
 
 def _csv_row(row: Row, path: Path, line: int) -> Row:

@@ -41,6 +41,8 @@ class Options(base.Options):
     tenth); only where they are used."""
     drop_overlap: bool = False
     """Drop training rows whose question is also a test question."""
+    drop_longer: int | None = None
+    """Drop training and validation rows with more characters to learn than this."""
     separator: str = ""
     """Text between prompt and completion, such as a space or a line break."""
     trigger: str = ""
@@ -168,9 +170,23 @@ class Own(Task):
         examples: list[Example] = []
         for index, row in enumerate(rows.rows):
             examples += self._of_row(row, index, rows.origin, split)
+        if split != "test":
+            examples = self._without_long(examples, split)
         if split == "train" and not self.spec.messages and self.kind != "classification":
             _warn_if_glued(examples)
         return examples
+
+    def _without_long(self, examples: list[Example], split: Split) -> list[Example]:
+        limit = self.options.drop_longer
+        if limit is None or self.kind == "classification":
+            return examples
+        kept = [example for example in examples if characters_to_learn(example) <= limit]
+        if len(kept) < len(examples):
+            log.warning(
+                "%d of %d %s rows have more than %d characters to learn: left out (drop_longer)",
+                *(len(examples) - len(kept), len(examples), split, limit),
+            )
+        return kept
 
     def _check_fields(self, rows: Rows) -> None:
         wanted: list[str] = []
@@ -190,7 +206,7 @@ class Own(Task):
         if split == "train" and not completion.strip():
             raise DataError(
                 f"{place(row, origin)}: the completion is empty, there is nothing to learn.",
-                f'Fill in "{self.spec.completion}" or drop the row.',
+                f'Fill in "{self.spec.completion}", or take the row out of the data.',
             )
         answer = _form(self.spec.answer, row, origin) if self.spec.answer else completion.strip()
         example = Example(row_id, prompt, self.options.separator + completion, answer, prompt)
@@ -236,13 +252,13 @@ class Own(Task):
         if not turns:
             raise DataError(
                 f"{place(row, origin)}: no assistant message, there is nothing to learn.",
-                "Add the answer as a message with role assistant, or drop the row.",
+                "Add the answer as a message with role assistant, or take the row out of the data.",
             )
         chosen = turns if self.options.turns == "all" else turns[-1:]
         examples = []
         for turn in chosen:
-            learnt = messages[turn]["content"]
-            answer = _form(self.spec.answer, row, origin) if self.spec.answer else learnt
+            learned = messages[turn]["content"]
+            answer = _form(self.spec.answer, row, origin) if self.spec.answer else learned
             name = f"{row_id}.{turn}" if len(chosen) > 1 else row_id
             example = Example(name, "", "", answer.strip(), messages=tuple(messages[: turn + 1]))
             examples.append(self._marked(self._with_subspace(example, row, origin), row, origin))
@@ -268,6 +284,11 @@ class Own(Task):
         if self.kind == "classification":
             return {"accuracy": float(answer == example.answer)}
         return {"accuracy": float(answer is not None and self.rule.matches(answer, example.answer))}
+
+
+def characters_to_learn(example: Example) -> int:
+    """Return the length of the text a row teaches, in characters."""
+    return len(example.messages[-1]["content"] if example.messages else example.target)
 
 
 def chat_messages(given: Any, where: str) -> list[dict[str, str]]:

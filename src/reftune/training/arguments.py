@@ -89,7 +89,7 @@ def check_trackers(names: Sequence[str]) -> list[str]:
         if importlib.util.find_spec(name) is None:
             raise RecipeError(
                 f'The tracker "{name}" is not installed.',
-                'Install it with: pip install "reftune[track]"; metrics.jsonl is written anyway.',
+                "In the source folder: pip install -e '.[track]'. metrics.jsonl is written anyway.",
             )
     return list(names)
 
@@ -214,6 +214,6 @@ def check_arguments(args: TrainingArguments) -> None:
     if args.n_gpu > 1:
         raise RecipeError(
             f"One process sees {args.n_gpu} GPUs; nn.DataParallel is not supported.",
-            f"Run: accelerate launch --num_processes {args.n_gpu} -m reftune train ..., or set "
-            "CUDA_VISIBLE_DEVICES to one GPU.",
+            f"Run: accelerate launch --multi_gpu --num_processes {args.n_gpu} -m reftune train, or "
+            "set CUDA_VISIBLE_DEVICES to one GPU.",
         )

@@ -127,6 +127,18 @@ class KeepBest(TrainerCallback):
             trainer.save_best(name, metrics[f"eval_{name}"], operator.gt)
 
 
+def place_events(callbacks: Iterable[TrainerCallback], folder: Path) -> None:
+    """Tell TensorBoard's callback where to write, unless TENSORBOARD_LOGGING_DIR does.
+
+    Its default is a folder named by date and host, below the checkpoints.
+    """
+    from transformers.integrations import TensorBoardCallback
+
+    for callback in callbacks:
+        if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+            callback.logging_dir = str(folder)
+
+
 def _is_speed(name: str) -> bool:
     return name.endswith(("_runtime", "_per_second", "_preparation_time"))
 

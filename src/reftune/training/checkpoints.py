@@ -19,6 +19,8 @@ log = logging.getLogger(__name__)
 STAGING = ".writing"
 STATE_FILE = "trainer_state.json"
 BEST = "best"
+MANIFEST = "files.json"
+"""Names and sizes of a checkpoint's files."""
 KEEP = 2
 """Checkpoints that stay: the newest, and the one before in case the newest is damaged."""
 _NAME = re.compile(r"^checkpoint-(\d+)$")
@@ -35,8 +37,31 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def last_checkpoint(folder: Path) -> Path | None:
-    """Return the newest complete checkpoint, or None."""
-    return next(reversed(list_checkpoints(folder)), None)
+    """Return the newest undamaged checkpoint, or None; damaged ones are named in a warning."""
+    for path in reversed(list_checkpoints(folder)):
+        fault = damage(path)
+        if fault is None:
+            return path
+        log.warning("%s is damaged: %s; going on from before it", path, fault)
+    return None
+
+
+def damage(checkpoint: Path) -> str | None:
+    """Return which file of a checkpoint is missing or of another size than it was, or None."""
+    file = checkpoint / MANIFEST
+    if not file.is_file():
+        return None  # written by an earlier version
+    try:
+        sizes = json.loads(file.read_text(encoding="utf-8"))
+        for name, size in sizes.items():
+            found = checkpoint / name
+            if not found.is_file():
+                return f"{name} is missing"
+            if found.stat().st_size != size:
+                return f"{name} has {found.stat().st_size} bytes of {size}"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    return None
 
 
 @contextlib.contextmanager
@@ -70,10 +95,12 @@ def staging(folder: Path, what: str, is_main: bool = True) -> Iterator[Path]:
 
 def publish(source: Path, target: Path) -> None:
     """Flush a folder to the disk and give it its final name; an older one is replaced."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
+    files = [path for path in source.rglob("*") if path.is_file()]
+    sizes = {path.relative_to(source).as_posix(): path.stat().st_size for path in files}
+    write_json_atomic(source / MANIFEST, sizes)
+    for path in files:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
     old = target.with_name(f".old-{target.name}")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

@@ -6,6 +6,7 @@ and training sees exactly the prompt tokens that inference will see.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -101,6 +102,15 @@ class Rows:
     def __getitem__(self, index: int) -> Encoded:
         return self.rows[index]
 
+    def digest(self) -> str:
+        """Return a hash of what is trained on: tokens, labels, and where edits and dims are."""
+        hashed = hashlib.blake2b(digest_size=16)
+        for row in self.rows:
+            hashed.update(repr((row.input_ids, row.labels, row.class_label)).encode())
+            hashed.update(repr((row.decoder_labels, row.select, row.subject)).encode())
+            hashed.update(repr((row.intervention_mask, row.token_types)).encode())
+        return hashed.hexdigest()
+
     def summary(self) -> dict[str, int]:
         """Return counts for the report."""
         return {
@@ -179,6 +189,7 @@ def encode_all(
     *,
     kind: Kind = "causal",
     what: str = "training",
+    context: int | None = None,
 ) -> Rows:
     """Encode a split.
 
@@ -192,6 +203,7 @@ def encode_all(
         max_len: Longest row in tokens.
         kind: See `encode`.
         what: Name of the split in messages.
+        context: Tokens the model can see, if it sets a limit: no message asks for more.
 
     Raises:
         DataError: If there are no rows, too many without a target, or targets that do not fit.
@@ -212,7 +224,7 @@ def encode_all(
         except TooLongError as error:
             long.append(error)
     if long:
-        raise _all_too_long(long, len(examples), what)
+        raise _all_too_long(long, len(examples), what, context)
     if len(empty) > EMPTY_ALLOWED * len(examples):
         raise DataError(
             f"{len(empty)} of {len(examples)} {what} rows have no target. {empty[0].what}",
@@ -344,17 +356,23 @@ def _too_long(row: str, target: int, max_len: int, around: int) -> TooLongError:
     error = TooLongError(
         f'Row "{row}" has a target of {target} tokens (with EOS), which leaves no room for a '
         f"prompt within max_len {max_len}. Targets are never cut.",
-        f"Set max_len to at least {target + around}, or drop the row.",
+        f"Set max_len to at least {target + around}, or take the row out of the data.",
     )
     error.needed = target + around
     return error
 
 
-def _all_too_long(errors: list[TooLongError], total: int, what: str) -> TooLongError:
+def _all_too_long(
+    errors: list[TooLongError], total: int, what: str, context: int | None
+) -> TooLongError:
     needed = max(error.needed for error in errors)
+    first = f"Set max_len to at least {needed} (more, if prompts shall not be cut)"
+    if context is not None and needed > context:
+        first = f"They need max_len {needed}; the context of this model is {context}"
     error = TooLongError(
         f"{len(errors)} of {total} {what} rows have a target that does not fit. {errors[0].what}",
-        f"Set max_len to at least {needed} (more, if prompts shall not be cut), or drop the rows.",
+        f"{first}. To leave rows out of your own data set task.drop_longer; `reftune inspect` "
+        "shows them and a number that does.",
     )
     error.needed = needed
     return error

@@ -38,6 +38,7 @@ def conclude(run: Run) -> Report:
         if after.prompts_cut:
             extra["prompts_cut"] = after.prompts_cut
     report = _report(run, figures, seconds, extra)
+    _write_card(run, report)
     _plots(run, report)
     run.folder.write_report(report, markdown(report))
     run.folder.finish()
@@ -102,12 +103,28 @@ def _save_predictions(run: Run, after: Evaluation, before: Evaluation | None) ->
     return {"adapter_minus_base": {name: getattr(test, name) for name in names}}
 
 
+def _write_card(run: Run, report: Report) -> None:
+    """Give the artefact a card with the figures; it was saved before they were known."""
+    from reftune.model.checkpoint import write_card
+    from reftune.report.tables import show_figure
+
+    facts: dict[str, Any] = {"task": f"{report.task}, {run.recipe.evaluation.split} rows"}
+    for name, figure in report.figures.items():
+        rows = f", {figure.n} rows" if figure.n else ""
+        facts[name.replace("_", " ")] = show_figure(figure) + rows
+    if not report.figures:
+        facts = {"task": f"{report.task}, not scored"}
+    facts["trained parameters"] = f"{report.trainable_parameters:,}"
+    facts["steps"], facts["seed"] = report.steps, report.seed
+    write_card(run.model, run.folder.path / run.folder.stages[-1]["artefact"], facts)
+
+
 def _report(run: Run, figures: dict[str, Figure], seconds: float, extra: dict[str, Any]) -> Report:
     from reftune.training.runfolder import environment
 
     recipe, facts = run.recipe, environment()
     stages = run.folder.stages
-    last = stages[-1]
+    last, trained = stages[-1], _trained(run)
     metric = f"adapter_{run.data.task.metric}"
     return Report(
         name=recipe.name,
@@ -117,8 +134,8 @@ def _report(run: Run, figures: dict[str, Figure], seconds: float, extra: dict[st
         methods=[stage["method"] for stage in stages],
         objectives=[stage["objective"] for stage in stages],
         seed=recipe.seed,
-        trainable_parameters=last["trainable_parameters"],
-        trainable_fraction=last["trainable_fraction"],
+        trainable_parameters=trained,
+        trainable_fraction=trained / max(1, run.base_parameters),
         adapter_bytes=last["adapter_bytes"],
         train_seconds=sum(stage["train_seconds"] for stage in stages),
         eval_seconds=seconds,
@@ -134,6 +151,18 @@ def _report(run: Run, figures: dict[str, Figure], seconds: float, extra: dict[st
         overlap=run.data.overlap,
         **extra,
     )
+
+
+def _trained(run: Run) -> int:
+    """Count what the stages trained: an adapter that several trained counts once."""
+    from reftune.training.stages import continues
+
+    stages = run.folder.stages
+    counts = [
+        s["trainable_parameters"] for i, s in enumerate(stages) if not continues(run.recipe, i)
+    ]
+    is_plain = any(stage.adapter.method in PLAIN for stage in run.recipe.stages)
+    return max(counts) if is_plain else sum(counts)
 
 
 def markdown(report: Report) -> str:

@@ -6,6 +6,7 @@
       state.json          what is finished
       metrics.jsonl       a line a step
       checkpoints/        to resume from
+      tensorboard/        with track: [tensorboard]
       adapter/ | stack/ | model/
       predictions.jsonl   answers, to read
       report.json, report.md, plots/
@@ -26,7 +27,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from reftune.config.recipe import (
     AdapterSpec,
@@ -45,6 +46,7 @@ from reftune.training.processes import world_size
 
 log = logging.getLogger(__name__)
 
+LOCK = ".lock"
 FREE = ("name", "output", "track")
 """Keys of a recipe that may change between a start and its resumption."""
 FREE_UNTIL_FINISHED = ("evaluation",)
@@ -62,6 +64,7 @@ class RunFolder:
         self.recipe = recipe
         self.path = Path(recipe.output).expanduser() / recipe.name
         self._state: dict[str, Any] = {}
+        self._held: IO[str] | None = None
 
     @classmethod
     def open(
@@ -92,18 +95,65 @@ class RunFolder:
                 folder._state = folder._read_state()
             return folder
         there = folder._look()
-        if resume and there in ("finished", "unfinished"):
-            folder._continue()
-            return folder
-        if there in ("finished", "unfinished") and not overwrite:
+        is_run = there in ("finished", "unfinished")
+        if is_run and not (resume or overwrite):
             raise folder._refusal(there)
         if there == "foreign":
             raise RecipeError(
                 f"{folder.path} exists and is not the folder of a run.",
                 "Choose another --name or output:.",
             )
+        if there != "none":
+            folder._lock()
+        try:
+            if resume and is_run:
+                folder._continue()
+                return folder
+        except RecipeError:
+            folder.release()
+            raise
+        folder.release()
         folder._create()
+        folder._lock()
         return folder
+
+    def _lock(self) -> None:
+        """Keep other processes from training here until `release` or the end of this one.
+
+        Raises:
+            RecipeError: If another process holds the folder.
+        """
+        try:
+            import fcntl
+        except ImportError:  # not on Windows
+            return
+        file = (self.path / LOCK).open("a+")
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            owner = file.read().strip() or "another process"
+            file.close()
+            if owner == f"process {os.getpid()}":
+                return  # an earlier run of this process, kept alive by its traceback
+            raise RecipeError(
+                f"{self.path} is being trained just now by {owner}.",
+                "Wait for it, stop it, or choose another --name.",
+            ) from None
+        except OSError:  # a file system without locks
+            file.close()
+            return
+        file.truncate(0)
+        file.write(f"process {os.getpid()}")
+        file.flush()
+        self._held = file
+
+    def release(self) -> None:
+        """Let others train here."""
+        if self._held is not None:
+            self._held.close()
+            self._held = None
+            (self.path / LOCK).unlink(missing_ok=True)
 
     def _look(self) -> str:
         """Return `none`, `foreign`, `unstarted`, `unfinished` or `finished`."""
@@ -177,6 +227,25 @@ class RunFolder:
         self._state.setdefault("stages", []).append(plain(facts))
         self._write_state()
 
+    def check_rows(self, index: int, found: str) -> None:
+        """Compare the training rows of a stage (from 0) with those the run started with.
+
+        Args:
+            index: The stage.
+            found: A hash of the rows now.
+
+        Raises:
+            RecipeError: If they changed; going on would mix two data sets.
+        """
+        known = self._state.setdefault("rows", {})
+        if known.setdefault(str(index), found) != found:
+            raise RecipeError(
+                f"The training rows are not those {self.path} was started with: the data, the "
+                "tokenizer or the chat template changed.",
+                "Put the data back to resume, or choose another --name.",
+            )
+        self._write_state()
+
     def finish(self) -> None:
         """Note that the run is done."""
         self._state["status"] = "finished"
@@ -210,6 +279,11 @@ class RunFolder:
         """Return the checkpoint folder of a stage (from 0)."""
         single = len(self.recipe.stages) == 1
         return self.checkpoints if single else self.checkpoints / f"stage-{index + 1}"
+
+    def tensorboard(self, index: int) -> Path:
+        """Return where a stage (from 0) keeps TensorBoard's events, if it is asked for."""
+        single = len(self.recipe.stages) == 1
+        return self.path / "tensorboard" / ("" if single else f"stage-{index + 1}")
 
     def constants(self, index: int) -> Path:
         """Return where a stage (from 0) keeps what causal caching computed, until it is done."""

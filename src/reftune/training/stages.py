@@ -23,8 +23,9 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
-    from reftune.training.causal import Plan, Settings
+    from reftune.training.causal import Settings
     from reftune.training.encode import Rows
+    from reftune.training.plan import Plan
     from reftune.training.trainer import ReftTrainer
 
 log = logging.getLogger(__name__)
@@ -71,6 +72,7 @@ def train(
     recipe = check(recipe)
     folder = RunFolder.open(recipe, resume, overwrite, is_main_process())
     if folder.is_finished:
+        folder.release()
         log.info("%s is finished already", folder.path)
         return Report.read(folder.path / "report.json")
     threads = torch.get_num_threads()
@@ -81,6 +83,7 @@ def train(
             return _train(recipe, folder, progress)
     finally:
         torch.set_num_threads(threads)
+        folder.release()
 
 
 @contextmanager
@@ -106,9 +109,9 @@ def plans(recipe: Recipe, model: str | None = None) -> list[Plan]:
         model: Another base model than the recipe's.
     """
     from reftune.model.build import apply_adapter
-    from reftune.training.causal import SAMPLE, make_plan
     from reftune.training.collate import Collator, prepare
     from reftune.training.encode import encode_all
+    from reftune.training.plan import SAMPLE, make_plan
 
     if model is not None:
         recipe = replace(recipe, model=replace(recipe.model, name=model))
@@ -171,11 +174,11 @@ def check(recipe: Recipe) -> Recipe:
 
 def _below(recipe: Recipe) -> dict[str, str]:
     """Return names and kinds of the adapters of a stack in `model.adapter`, where it is at hand."""
-    from reftune.model.checkpoint import STACK, resolve_folder
-
     place = recipe.model.adapter
     if not place or not Path(place).expanduser().is_dir():
         return {}
+    from reftune.model.checkpoint import STACK, resolve_folder
+
     file = resolve_folder(place) / STACK
     parts = json.loads(file.read_text(encoding="utf-8"))["order"] if file.is_file() else []
     return {part["name"]: part["kind"] for part in parts if isinstance(part, dict)}
@@ -280,15 +283,18 @@ def _restore_stage(run: Run, index: int) -> None:
 def _train_stage(run: Run, index: int) -> None:
     from reftune.model.build import apply_adapter, trainable_summary
     from reftune.training.backward import set_checkpointing
-    from reftune.training.callbacks import MetricsWriter
+    from reftune.training.callbacks import MetricsWriter, place_events
     from reftune.training.processes import gathered, is_main_process
 
     recipe, stage = run.recipe, run.recipe.stages[index]
     if not continues(recipe, index):
         run.model = apply_adapter(run.model, stage.adapter, recipe.seed)
     rows = _encode(run, stage)
+    if is_main_process():
+        run.folder.check_rows(index, rows["train"].digest())
     writer = MetricsWriter(run.folder.metrics, index + 1)
     trainer = _trainer(run, index, rows, writer)
+    place_events(trainer.callback_handler.callbacks, run.folder.tensorboard(index))
     if stage.gradient_checkpointing:
         set_checkpointing(run.model, True)
     try:
@@ -322,12 +328,18 @@ def _train_stage(run: Run, index: int) -> None:
 
 
 def _encode(run: Run, stage: StageSpec) -> dict[str, Rows]:
+    from reftune.inference.prompts import context_len
     from reftune.training.encode import encode_all
 
     splits = ["train", "validation"] if validates(stage) else ["train"]
     return {
         name: encode_all(
-            run.data.splits[name], run.tokenizer, stage.max_len, kind=run.data.kind, what=name
+            run.data.splits[name],
+            run.tokenizer,
+            stage.max_len,
+            kind=run.data.kind,
+            what=name,
+            context=context_len(run.model),
         )
         for name in splits
         if run.data.splits.get(name)

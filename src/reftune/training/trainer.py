@@ -23,8 +23,8 @@ import torch
 from jaxtyping import Int, Real
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
-from transformers.trainer_callback import PrinterCallback
-from transformers.trainer_utils import EvalLoopOutput
+from transformers.trainer_callback import PrinterCallback, TrainerState
+from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from reftune.errors import TrainingError
 from reftune.model.run import Runner
@@ -32,8 +32,9 @@ from reftune.training import checkpoints
 from reftune.training.arguments import check_arguments
 from reftune.training.backward import disable_input_grads
 from reftune.training.callbacks import KeepBest
-from reftune.training.causal import Plan, Settings, settle
+from reftune.training.causal import Settings, settle
 from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
+from reftune.training.plan import Plan
 from reftune.training.processes import leave_at_exit, with_one_label
 
 if TYPE_CHECKING:
@@ -358,6 +359,8 @@ class ReftTrainer(Trainer):
         if not resume_from_checkpoint and self.args.should_save:
             shutil.rmtree(self.folder / checkpoints.BEST, ignore_errors=True)
         try:
+            if self._is_done(resume_from_checkpoint):
+                return self._done(str(resume_from_checkpoint))
             self._settle()
             result = super().train(resume_from_checkpoint, **kwargs)
             best = checkpoints.best_so_far(self.folder) if self.keep_best else None
@@ -374,6 +377,22 @@ class ReftTrainer(Trainer):
         finally:
             self._restore()
         return result
+
+    def _is_done(self, checkpoint: str | bool | None) -> bool:
+        """Say whether a checkpoint is the last of the run; the Trainer would go one step on."""
+        if not checkpoint or self.args.max_steps <= 0:
+            return False
+        state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
+        return state.global_step >= self.args.max_steps
+
+    def _done(self, checkpoint: str) -> TrainOutput:
+        """Take the weights of a run that ended between its last checkpoint and its artefact."""
+        self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
+        self._load_from_checkpoint(checkpoint)
+        best = checkpoints.best_so_far(self.folder) if self.keep_best else None
+        if best is not None:
+            self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
+        return TrainOutput(self.state.global_step, 0.0, {})
 
     def _settle(self) -> None:
         """Decide what is held constant in this run, and compute it where it is kept."""
