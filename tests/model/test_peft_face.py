@@ -366,4 +366,5 @@ def test_a_peft_that_would_load_untrained_weights_is_refused():
     file = Path(__file__).parents[2] / "pyproject.toml"
     needs = tomllib.loads(file.read_text("utf-8"))["project"]["dependencies"]
     bound = next(re.fullmatch(r"peft>=([\d.]+)", need) for need in needs if "peft" in need)
-    assert tuple(map(int, bound[1].split("."))) == face.OLDEST_PEFT
+    # The package may ask for more than what keeps weights safe, never for less.
+    assert tuple(map(int, bound[1].split("."))) >= face.OLDEST_PEFT
