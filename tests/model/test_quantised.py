@@ -454,7 +454,9 @@ def test_libraries_that_are_missing_are_named(monkeypatch, plain, kind_, error, 
         return real(name, *rest)
 
     monkeypatch.setattr(importlib, "import_module", fail)
-    with pytest.raises(ModelError, match=f'quantize is "{kind_}" but {library} {message}.*pip install'):
+    with pytest.raises(
+        ModelError, match=f'quantize is "{kind_}" but {library} {message}.*pip install'
+    ):
         load_base(ModelSpec(str(plain), quantize=kind_))
 
 
