@@ -152,20 +152,9 @@ def with_loreft(base: Any, name: str) -> Any:
     return reftune.get_peft_model(sharing(base), config)
 
 
-def with_lora(base: Any) -> Any:
-    """Return the base with LoRA of rank 8 on the query and value projections."""
-    from harness import sharing
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    return get_peft_model(sharing(base), config)
-
-
 def contenders(base: Any, settings: Any, args: argparse.Namespace) -> dict[str, Trained]:
     """Return everything that trains at one prompt and answer length."""
-    from harness import random_batch, sharing
+    from harness import random_batch, sharing, with_lora
 
     device = settings.device
     batch = random_batch(settings)

@@ -133,6 +133,16 @@ def sharing(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, memo)
 
 
+def with_lora(base: Any) -> Any:
+    """Return the base with LoRA of rank 8 on the query and value projections."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+    )
+    return get_peft_model(sharing(base), config)
+
+
 def random_batch(settings: Settings, seed: int | None = None) -> dict[str, torch.Tensor]:
     """Return `input_ids`, `attention_mask` and `labels`, each `[rows, width]`."""
     vocab = SHAPES[settings.shape].get("vocab_size", 32000)

@@ -123,20 +123,9 @@ def with_loreft(base: Any, settings: Any, layers: Any = "all") -> Any:
     return reftune.get_peft_model(sharing(base), config)
 
 
-def with_lora(base: Any) -> Any:
-    """Return the base with LoRA of rank 8 on the query and value projections."""
-    from harness import sharing
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
-    )
-    return get_peft_model(sharing(base), config)
-
-
 def contenders(base: Any, settings: Any, full: bool) -> dict[str, Trained]:
     """Return everything that trains in this process."""
-    from harness import random_batch, sharing
+    from harness import random_batch, sharing, with_lora
 
     batch, device = random_batch(settings), settings.device
     top = [base.config.num_hidden_layers - 1]
@@ -190,7 +179,7 @@ def training_rows(
 def decoding_rows(base: Any, settings: Any, rounds: int, tokens: int) -> list[dict]:
     """Time single tokens of greedy decoding, batch 1, prompt 64, after the prefill."""
     import torch
-    from harness import sharing, synchronise
+    from harness import sharing, synchronise, with_lora
 
     models = {
         BASE: sharing(base).eval(),

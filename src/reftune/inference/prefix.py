@@ -79,8 +79,9 @@ def prefix_cache(
         ModelError: If prefixes cannot be shared on this model.
     """
     from reftune.inference import prompts as rows_of
+    from reftune.model.obstacles import model_obstacle
 
-    reason = obstacle(model)
+    reason = model_obstacle(model)
     if reason is not None:
         raise ModelError(f"A prefix cannot be shared: {reason}.", "Generate without prefix_cache.")
     if isinstance(text, str):
@@ -105,13 +106,6 @@ def compute(model: nn.Module, ids: Sequence[int]) -> PrefixCache:
     found = causal.prefill(model, causal.Prefix(tokens, rows + len(ids), rows))
     layers = found.layers
     return PrefixCache(list(ids), [x.keys for x in layers], [x.values for x in layers])
-
-
-def obstacle(model: nn.Module) -> str | None:
-    """Return why prompts may not share a prefix on this model, or None."""
-    from reftune.model.obstacles import model_obstacle
-
-    return model_obstacle(model)
 
 
 def editable_from(rule: PositionRule, job: Job) -> int:
@@ -156,21 +150,18 @@ def shared_prefix(
         jobs: All answers to produce.
         options: Generation options; beams rule it out.
     """
-    if len(jobs) < 2 or options.get("num_beams", 1) > 1 or obstacle(model) is not None:
+    from reftune.model.obstacles import model_obstacle
+    from reftune.model.switching import foreign_layers
+
+    if len(jobs) < 2 or options.get("num_beams", 1) > 1 or model_obstacle(model) is not None:
         return None
-    if any(job.adapter is not None for job in jobs) and _has_lora(model):
+    if any(job.adapter is not None for job in jobs) and foreign_layers(model):
         return None
     common = shareable(model, jobs)
     mean = sum(len(job.ids) for job in jobs) / len(jobs)
     if common < max(LEAST, LEAST_SHARE * mean):
         return None
     return compute(model, jobs[0].ids[:common])
-
-
-def _has_lora(model: nn.Module) -> bool:
-    from reftune.model.site import Site
-
-    return any(not isinstance(m, Site) and "_disable_adapters" in vars(m) for m in model.modules())
 
 
 def check(
@@ -183,10 +174,11 @@ def check(
         ModelError: If beams or adapters per row rule it out.
     """
     from reftune.model.lookup import calls
+    from reftune.model.switching import foreign_layers
 
     if options.get("num_beams", 1) > 1:
         raise ModelError("Beams cannot share a prefix.", "Generate without prefix_cache.")
-    if any(job.adapter is not None for job in jobs) and _has_lora(model):
+    if any(job.adapter is not None for job in jobs) and foreign_layers(model):
         raise ModelError(
             "LoRA that differs per row cannot share a prefix.", "Generate without prefix_cache."
         )

@@ -39,29 +39,7 @@ WITH_CACHE = "_can_checkpoint_with_cache"
 """Flag by which a transformers block keeps a cache it only reads under gradient checkpointing."""
 
 
-# --- what does not depend on the adapter ---------------------------------------------------------
-
-
-@dataclass
-class Constants:
-    """Constants of one example, without padding.
-
-    Attributes:
-        keys: Keys of the p0 tokens before the suffix, by block `[heads, p0, dim]`; None at blocks
-            that are not run.
-        values: Their values, likewise.
-        hidden: Output of block l0 at the suffix `[S, d]`, or None.
-    """
-
-    keys: list[Tensor | None]
-    values: list[Tensor | None]
-    hidden: Tensor | None = None
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        tensors = (*self.keys, *self.values, self.hidden)
-        return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+# --- a cache that is only read --------------------------------------------------------------------
 
 
 class FrozenLayer(DynamicLayer):
@@ -253,6 +231,7 @@ class Cut:
         length: Real tokens of each row `[B]`.
         offset: Column of each row's first real token `[B]`.
         prompt_lens: Real prompt tokens of each row `[B]`.
+        edited: Columns that some active adapter edits `[B, T]`.
     """
 
     p0: Tensor
@@ -260,6 +239,7 @@ class Cut:
     length: Tensor
     offset: Tensor
     prompt_lens: Tensor
+    edited: Tensor
 
 
 def first_block(model: nn.Module) -> int:
@@ -298,10 +278,12 @@ def cut(model: nn.Module, prepared: Prepared) -> Cut | None:
     prompt_lens = prepared.prompt_lens
     if prompt_lens is None:
         prompt_lens = ((labelled.long().cumsum(1) == 0) & valid).sum(1)
-    stops = edited_columns(model, prepared, prompt_lens) | labelled.roll(-1, 1)
+    edited = edited_columns(model, prepared, prompt_lens)
+    stops = edited | labelled.roll(-1, 1)
     # A row without edits and labels has no suffix of its own; its last token stands for one.
     first = torch.where(stops & valid, place, length[:, None] - 1).amin(1)
-    return Cut(first, first_block(model), length, offset, prompt_lens.to(first.device))
+    prompt_lens = prompt_lens.to(first.device)
+    return Cut(first, first_block(model), length, offset, prompt_lens, edited)
 
 
 def edited_columns(model: nn.Module, prepared: Prepared, prompt_lens: Tensor) -> Tensor:
@@ -502,24 +484,22 @@ class Suffix:
     prefix: Prefix | None
 
 
-def split(model: nn.Module, prepared: Prepared, least: int = 1) -> Suffix | None:
+def split(model: nn.Module, prepared: Prepared) -> Suffix | None:
     """Cut a batch in two, or return None where there is nothing to gain.
 
     Args:
         model: The model with its adapters.
         prepared: The batch, `[B, T]`; further model inputs rule it out.
-        least: Fewest tokens of the longest prefix for which it is worth while.
     """
     if prepared.extra or prepared.labels.dim() != 2:
         return None
     where = cut(model, prepared)
     if where is None:
         return None
-    if int(where.p0.max()) < least:
-        where.p0 = torch.zeros_like(where.p0)
-        if where.l0 < 1:
-            return None
-    prefix = prefixes(prepared, where) if int(where.p0.max()) else None
+    longest = int(where.p0.max())
+    if longest == 0 and where.l0 < 1:
+        return None
+    prefix = prefixes(prepared, where) if longest else None
     start = where.offset + where.p0
     width = int((where.length - where.p0).max())
     columns = torch.arange(width, device=start.device)
@@ -544,7 +524,7 @@ def split(model: nn.Module, prepared: Prepared, least: int = 1) -> Suffix | None
 @contextmanager
 def running(model: nn.Module, suffix: Suffix, given: Given) -> Iterator[Prepared]:
     """Inside, the model runs suffixes on their constants; yields the batch to run."""
-    blocks = find_blocks(base_of(model))
+    blocks = blocks_of(model)
     with ExitStack() as scopes:
         scopes.enter_context(checkpoint_with_cache(blocks.stack, blocks.modules))
         if given.hidden is not None:

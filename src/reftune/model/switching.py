@@ -52,18 +52,22 @@ def set_strength(model: nn.Module, name: str, value: float) -> None:
             tuner.peft_config[name].strength = float(value)
 
 
-@contextmanager
-def off(model: nn.Module) -> Iterator[nn.Module]:
-    """Switch all adapters off, ours and PEFT's: bit-identical to the base model inside."""
-    ours = sites(model)
-    before = [site._disable_adapters for site in ours]
+def foreign_layers(model: nn.Module) -> list[nn.Module]:
+    """Return the layers of PEFT's own adapters, such as LoRA."""
     # Asked of the object and its class only: wrappers forward unknown names to what they wrap.
-    foreign = [
+    return [
         m
         for m in model.modules()
         if not isinstance(m, Site)
         and ("_disable_adapters" in vars(m) or hasattr(type(m), "_disable_adapters"))
     ]
+
+
+@contextmanager
+def off(model: nn.Module) -> Iterator[nn.Module]:
+    """Switch all adapters off, ours and PEFT's: bit-identical to the base model inside."""
+    ours, foreign = sites(model), foreign_layers(model)
+    before = [site._disable_adapters for site in ours]
     states = [m._disable_adapters for m in foreign]
     for module in (*ours, *foreign):
         module._disable_adapters = True

@@ -190,10 +190,9 @@ def _dead(model: nn.Module, cuts: list[tuple[causal.Cut, Prepared]]) -> str:
         return ""
     edited = useful = 0
     for where, batch in cuts:
-        columns = causal.edited_columns(model, batch, where.prompt_lens)
         predicts = (batch.labels != causal.IGNORE).roll(-1, 1)
-        edited += int(columns.sum())
-        useful += int((columns & predicts).sum())
+        edited += int(where.edited.sum())
+        useful += int((where.edited & predicts).sum())
     if not edited or useful == edited:
         return ""
     return (
