@@ -26,8 +26,7 @@ SHARES: dict[str, float] = {
 LATE_SHARES: dict[str, float] = {
     "sums": 0.25, "facts": 0.14, "passages": 0.40, "guided": 0.11, "logs": 0.04, "stories": 0.06,
 }  # fmt: skip
-"""Shares from `LATE_FROM` on: at 25 M tokens sums and facts were known, look-ups half known, and
-answers to yes/no questions chance."""
+"""Shares from `LATE_FROM` on: sums and facts are known by then, look-ups are not."""
 
 ENCODER_SHARES: dict[str, float] = {"logs": 0.6, "stories": 0.4}
 """Token mix of `nano-encoder`, the masked model for the log studies."""

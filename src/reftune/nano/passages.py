@@ -299,7 +299,7 @@ def sample_passage(
     if is_repeat:
         short = 0.7 if progress < DENSE_FROM else 0.4
     elif split == "train" and progress >= LATE_FROM:
-        short = 0.4  # half of the longer ones were looked up by then
+        short = 0.4
     length = rng.randint(1, 3 if short and rng.random() < short else longest)
     if split == "train" and progress >= RETELL_FROM and rng.random() < 0.7:
         length = rng.randint(2, 4)
