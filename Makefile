@@ -49,7 +49,7 @@ $(STAMP): pyproject.toml
 	    exit 1; }; }
 	$(RUN) -m pip install --quiet --upgrade pip
 	$(RUN) -m pip install --quiet $(TORCH) "torch>=$(OLDEST_TORCH)"
-	@$(RUN) -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt
+	@$(RUN) -c 'from importlib.metadata import version; print("torch==" + version("torch"))' > $(VENV)/constraints.txt
 	$(RUN) -m pip install --quiet -e ".[dev]" -c $(VENV)/constraints.txt
 	@touch $(STAMP)
 
