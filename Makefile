@@ -33,7 +33,8 @@ install: $(STAMP)
 
 # An environment that sees an interpreter's own torch saves everybody a second download of it. pip
 # then finds $(TORCH) satisfied, or installs it; the constraint keeps the next step from replacing it
-# by another build.
+# by another build. It is the version pip knows: torch.__version__ may carry a build tag (+cu132) that
+# the installed package does not.
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
 	  echo 'reftune needs Python 3.11 or newer. Name one: make $(or $(MAKECMDGOALS),install) PYTHON=python3.12' >&2; \
