@@ -75,7 +75,7 @@ lint: install
 benchmarks: install
 	$(RUN) benchmarks/step.py --quick
 
-## results-NAME       grow a table of docs/results.md: families, passages, ablation, smoke
+## results-NAME       grow a table of docs/results.md: families, passages, heft, ablation, smoke
 results-%: install FORCE
 	$(RUN) -m reftune.report.grid recipes/grids/$*.yaml
 
@@ -95,7 +95,7 @@ results-speed: install FORCE
 
 ## results-causal     what causal caching saves, in time and memory
 results-causal: install FORCE
-	$(RUN) benchmarks/causal.py --publish
+	$(RUN) benchmarks/causal.py --resume runs/causal.jsonl --publish
 
 ## results-parity     the same numbers as pyreft; needs PYREFT=interpreter
 results-parity: install FORCE

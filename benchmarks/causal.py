@@ -7,8 +7,11 @@ plain (hooks, the model's own loss on all logits), lean (logits at labels only),
 (store starts at the first edited layer where that pays).
 
     python benchmarks/causal.py --quick
-    python benchmarks/causal.py --prompts 64 256 1024 --answers 8 32 128 --publish
+    python benchmarks/causal.py --resume runs/causal.jsonl --publish
     python benchmarks/causal.py --shape llama-3-8b --device cuda --dtype bfloat16 --rounds 10
+
+`--resume FILE` writes down each prompt and answer length as it is done; a run that was stopped
+goes on from there.
 
 A row is a contender at one prompt and answer length (`d`: 256/32); `ratio_to_lora` is seconds over
 those of PEFT LoRA r = 8 on q, v by its usual path, `ratio_to_plain` over LoReFT on set a by plain
@@ -25,7 +28,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
+from pathlib import Path
 from typing import Any
 
 LORA, FULL, PLAIN = "lora r8, usual path", "full, usual path", "a plain"
@@ -37,6 +41,8 @@ SETS: dict[str, tuple[str, Any]] = {
 }
 ROWS_OF = {64: 8, 256: 4, 1024: 1}
 """Rows of a batch by prompt length."""
+DRAWN = (FULL, "a plain", "g plain", "b recompute", "g recompute", "c store", "b store", "g store")
+"""Lines of the picture, at answers of 32 tokens."""
 
 GOALS = [
     ("g store", "256/32", "ratio_to_lora", 0.07),
@@ -53,9 +59,12 @@ GOALS = [
 def arguments(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--quick", action="store_true", help="prompt 256, answer 32, 3 rounds")
+    parser.add_argument(
+        "--quick", action="store_true", help="one row of 256/32, sets b and g, no goals judged"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--publish", action="store_true", help="add to docs/results.json")
+    parser.add_argument("--resume", metavar="FILE", help="note what is done, and go on from it")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     parser.add_argument("--prompts", nargs="+", type=int, default=[64, 256, 1024])
     parser.add_argument("--answers", nargs="+", type=int, default=[8, 32, 128])
@@ -84,7 +93,7 @@ class Trained:
 
         from reftune.model.run import Prepared, Runner
         from reftune.training.causal import make_source
-        from reftune.training.plan import make_plan
+        from reftune.training.plan import Settings, make_plan
 
         self.model, self.device, self.mode = model.train(), device, mode
         if hasattr(model, "disable_input_require_grads"):
@@ -93,7 +102,7 @@ class Trained:
         self.prepared = [Prepared(**batch) for batch in batches]
         source = None
         if mode in ("recompute", "store"):
-            plan = make_plan(model, self.prepared, mode)
+            plan = make_plan(model, self.prepared, Settings(mode, budget=1e12))
             source = make_source(model, plan)
         self.runner = None if mode == "plain" else Runner(model, source)
         trained = [p for p in model.parameters() if p.requires_grad]
@@ -105,7 +114,7 @@ class Trained:
             source = self.runner.source
             self.runner.source = type(source)(self.model, type(source.store)(1e12), source.start)
         elif self.mode == "recompute":
-            self.runner.source = type(self.runner.source)(self.model)
+            self.runner.source.forget()
 
     def step(self) -> float:
         """Train one step; return the loss."""
@@ -116,7 +125,7 @@ class Trained:
             loss = self.model(**self.batches[turn]).loss
         else:
             if self.mode == "recompute":
-                self.runner.source.last = None  # every step meets new rows
+                self.runner.source.forget()  # every step meets new rows
             output = self.runner(self.prepared[turn])
             loss = F.cross_entropy(output.logits.float(), output.labels)
         loss.backward()
@@ -181,18 +190,19 @@ def step_rows(base: Any, settings: Any, args: argparse.Namespace, rounds: int) -
     peaks = {name: model.peak() for name, model in models.items()}
     rows = []
     for name in models:
-        rows.append(
-            {
-                "name": name,
-                "d": f"{prompt}/{answer}",
-                "rows": settings.rows,
-                "seconds": samples.median(name),
-                "peak_bytes": peaks[name],
-                "ratio_to_lora": samples.ratio(name, LORA),
-                "ratio_to_plain": samples.ratio(name, PLAIN),
-                "ratio_of_peak_to_lora": peaks[name] / peaks[LORA],
-            }
-        )
+        row = {
+            "name": name,
+            "d": f"{prompt}/{answer}",
+            "rows": settings.rows,
+            "seconds": samples.median(name),
+            "peak_bytes": peaks[name],
+            "ratio_to_lora": samples.ratio(name, LORA),
+            "ratio_to_plain": samples.ratio(name, PLAIN),
+            "ratio_of_peak_to_lora": peaks[name] / peaks[LORA],
+        }
+        if name in DRAWN and answer == 32:
+            row |= {"line": name, "x": {"prompt_tokens": prompt}}
+        rows.append(row)
     return rows
 
 
@@ -274,6 +284,62 @@ def show(result: dict[str, Any]) -> None:
             print(f"{mark:>8}  {goal['value']:.3f}  {what}")
 
 
+class Done:
+    """What was measured so far, a line of a file for each prompt and answer length.
+
+    Args:
+        file: The file, or None to note nothing.
+        key: What has to be equal for a line to count: settings and versions.
+    """
+
+    def __init__(self, file: str | None, key: dict[str, Any]) -> None:
+        self.file, self.key = None if file is None else Path(file), json.loads(json.dumps(key))
+        self.cells: dict[str, list[dict]] = {}
+        if self.file is not None and self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return  # half a line of a run that was killed
+        if found["key"] == self.key:
+            self.cells[found["cell"]] = found["rows"]
+
+    def add(self, cell: str, rows: list[dict]) -> None:
+        """Note the rows of one prompt and answer length."""
+        self.cells[cell] = rows
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"key": self.key, "cell": cell, "rows": rows}) + "\n")
+
+
+def measured(base: Any, settings: Any, args: argparse.Namespace, done: Done) -> list[dict]:
+    """Return the rows of all prompt and answer lengths; those noted before are not run again."""
+    rows: list[dict] = []
+    for prompt in args.prompts:
+        for answer in args.answers:
+            cell = f"{prompt}/{answer}"
+            if cell not in done.cells:
+                several = ROWS_OF.get(prompt, max(1, 1024 // prompt))
+                chosen = replace(
+                    settings,
+                    rows=1 if args.quick else several,
+                    width=prompt + answer,
+                    num_labels=answer,
+                )
+                found = step_rows(base, chosen, args, args.rounds)
+                if answer == 32 and not args.without_epochs:
+                    found += epoch_rows(base, chosen, number=1 if args.quick else 3)
+                done.add(cell, found)
+            rows += done.cells[cell]
+            print(f"{cell} done", file=sys.stderr, flush=True)
+    return rows
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the benchmark."""
     args = arguments(argv)
@@ -289,36 +355,31 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     if args.quick:
         args.prompts, args.answers, args.sets = [256], [32], ["b", "g"]
-    rounds = args.rounds or (3 if args.quick else 5)
+    args.rounds = args.rounds or (3 if args.quick else 5)
     settings = Settings(
         shape=args.shape, device=args.device, dtype=args.dtype, threads=args.threads, rank=4
     )
-    base = random_llama(settings)
-    rows: list[dict] = []
-    for prompt in args.prompts:
-        for answer in args.answers:
-            chosen = replace(
-                settings,
-                rows=ROWS_OF.get(prompt, max(1, 1024 // prompt)),
-                width=prompt + answer,
-                num_labels=answer,
-            )
-            rows += step_rows(base, chosen, args, rounds)
-            if answer == 32 and not args.without_epochs:
-                rows += epoch_rows(base, chosen)
-            print(f"{prompt}/{answer} done", file=sys.stderr, flush=True)
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    how = {
+        name: getattr(args, name)
+        for name in ("sets", "rounds", "quick", "without_full", "without_epochs")
+    }
+    done = Done(args.resume, {**asdict(settings), **versions, **how})
+    rows = measured(random_llama(settings), settings, args, done)
     result = {
         "rows": rows,
-        "goals": judge(rows),
+        "goals": [] if args.quick else judge(rows),  # they are for batches of the full run
         "settings": {
             "command": command("benchmarks/causal.py", argv),
             "machine": machine(args.device),
             "threads": args.threads,
-            "rounds": rounds,
+            "rounds": args.rounds,
             "shape": args.shape,
             "dtype": args.dtype,
+            "device": args.device,
+            "quick": args.quick,
         },
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": versions,
     }
     if args.publish:
         from reftune.report.measured import publish_measured

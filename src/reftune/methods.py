@@ -56,7 +56,7 @@ _SYSTEMS: tuple[tuple[str, Kind, str, str, str], ...] = (
     ),
     (
         "brep",
-        "intervention",
+        "objective",
         "BREP",
         "scale and bias on reasoning prefixes, with a restrained bias: mathematics",
         "Liang et al. 2025, arXiv 2511.10707",
@@ -198,11 +198,11 @@ def _measured() -> dict[str, str]:
     found: dict[str, str] = {}
     for item in shipped():
         values = yaml.safe_load(item.path.read_text(encoding="utf-8"))
-        for stage in values.get("stages") or [values]:
-            adapter = stage.get("adapter") or {}
-            method = adapter if isinstance(adapter, str) else adapter.get("method", "")
-            if not item.measured.startswith("not run here"):
-                found.setdefault(method, item.name)
+        if "stages" in values or item.measured.startswith("not run here"):
+            continue  # several stages show how methods go together, none of them by itself
+        adapter = values.get("adapter") or {}
+        method = adapter if isinstance(adapter, str) else adapter.get("method", "")
+        found.setdefault(method, item.name)
     return found
 
 

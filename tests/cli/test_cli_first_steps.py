@@ -209,8 +209,8 @@ def test_flags_that_contradict_each_other_are_refused(cli, recipe_file, model_fo
 def test_faults_are_told_once_and_name_what_is_coming(cli, recipe_file):
     code, _, err = cli("train", recipe_file, "--dry-run", "--set", "adapter.tied=maybe")
     assert code == 2 and "has 1 fault:" in err and "AdapterSpec" not in err
-    code, _, err = cli("train", recipe_file, "--dry-run", "--set", "adapter.method=brep")
-    assert code == 2 and 'the method "brep" is coming' in err
+    code, _, err = cli("train", recipe_file, "--dry-run", "--set", "adapter.method=baft")
+    assert code == 2 and 'the method "baft" is coming' in err
     code, _, err = cli("train", recipe_file, "--dry-run", "--set", "objective=carft")
     assert code == 2 and 'the objective "carft" is coming' in err
     Path("grid.yaml").write_text("name: g\nrecipe: sums.yaml\nrows:\n  - {method: base}\n")

@@ -30,6 +30,7 @@ VERBS = [
     "recipes",
     "convert",
     "doctor",
+    "diagnose",
 ]
 
 

@@ -22,6 +22,7 @@ from reftune.inference import (
     stats,
     wilson,
 )
+from reftune.tasks import metrics
 from reftune.tasks.base import Example, Task
 
 pytestmark = pytest.mark.quick
@@ -138,7 +139,7 @@ def test_choices_by_probability_and_by_text(model, tokenizer, choice_by):
         return
     assert found.figures["choice_accuracy"].mean == pytest.approx(sum(right) / 20)
     assert found.predictions[3].logprobs == pytest.approx(logs[3])
-    auroc = stats.auroc([yes - no for no, yes in logs], [e.label for e in examples])
+    auroc = metrics.auroc([yes - no for no, yes in logs], [e.label for e in examples])
     assert found.figures["auroc"].mean == pytest.approx(auroc)
     assert found.figures["auroc"].low <= auroc <= found.figures["auroc"].high
     if choice_by == "probability":

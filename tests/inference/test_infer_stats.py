@@ -12,6 +12,7 @@ import pytest
 
 from reftune.inference import stats
 from reftune.inference.quantiles import t_quantile
+from reftune.tasks import metrics
 
 pytestmark = pytest.mark.quick
 
@@ -196,5 +197,5 @@ def test_auroc_is_the_share_of_pairs_in_order():
         for n, is_n in zip(scores, labels)
         if is_p and not is_n
     ]
-    assert stats.auroc(scores, labels) == pytest.approx(sum(pairs) / len(pairs))
-    assert math.isnan(stats.auroc([0.5, 0.6], [1, 1]))
+    assert metrics.auroc(scores, labels) == pytest.approx(sum(pairs) / len(pairs))
+    assert math.isnan(metrics.auroc([0.5, 0.6], [1, 1]))

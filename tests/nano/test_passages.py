@@ -9,9 +9,10 @@ from collections import Counter, defaultdict
 
 import pytest
 
-from reftune.nano import passages
+from reftune.nano import mix, passages, passages_turns
 from reftune.nano.item import split as split_of
 from reftune.nano.passages_words import COLOURS, JOINS, NUMBERS, POOLS, RELATIONS
+from reftune.nano.tokenizer import load_tokenizer
 
 COUNT = {word: place for place, word in enumerate(("zero", "one", *NUMBERS))}
 
@@ -79,7 +80,7 @@ def test_follow_ups_have_one_right_answer(kind):
     for _ in range(250):
         passage = passages.sample_passage(rng, kind=kind, progress=1.0)
         state = _read(passage.passage)
-        turns = passages.follow_ups(rng, passage, 5)
+        turns = passages_turns.follow_ups(rng, passage, 5)
         assert len(turns) <= 5 and passage.question not in dict(turns)
         for question, answer in turns:
             answers = _answers(state, question)
@@ -87,6 +88,83 @@ def test_follow_ups_have_one_right_answer(kind):
             assert answers.pop().lower() in answer.lower(), (passage, question, answer)
             counts[answer] += 1
     assert 0.8 < counts["Yes."] / counts["No."] < 1.25
+
+
+def test_a_reason_says_what_is_the_case_before_yes_or_no():
+    rng, told = random.Random(3), Counter()
+    for _ in range(200):
+        passage = passages.sample_passage(rng, kind=rng.choice((1, 2)), progress=1.0)
+        state = _read(passage.passage)
+        for question, answer in passages_turns.follow_ups(rng, passage, 5, checked=0.7, why=1.0):
+            if not question.endswith(passages_turns.WHY):
+                assert answer not in ("Yes.", "No.")
+                continue
+            reason, last = answer.rsplit(" ", 1)
+            answers = _answers(state, question.removesuffix(passages_turns.WHY))
+            assert answers == {last.lower().rstrip(".")}, (passage, question, answer)
+            for topic, facts in _read(reason).items():
+                for subject, value in facts.items():
+                    assert state[topic][subject] == value, (passage, question, answer)
+            told[last] += 1
+    assert told.total() > 100 and 0.8 < told["Yes."] / told["No."] < 1.25
+
+
+def _drills(count, stage):
+    rng = random.Random(5)
+    return [passages_turns.drill(rng, "train", stage) for _ in range(count)]
+
+
+def _turns(item):
+    return [(item.question, item.answer), *item.more]
+
+
+def test_notes_say_what_holds_and_nothing_else():
+    notes = [i for i in _drills(200, 0.0) if {len(p.split()) for p in i.answer.split(". ")} == {2}]
+    notes = [item for item in notes if item.answer.count(".") > 1]
+    assert len(notes) > 80
+    for item in notes:
+        facts = Counter(code.split(":")[1].replace("=", " ") + "." for code in item.key[1:])
+        first = item.question.rsplit(". ", 1)[0] + "."
+        for text in (first, *(answer for _, answer in _turns(item))):
+            assert Counter(part + "." for part in text.rstrip(".").split(". ")) == facts, item
+
+
+@pytest.mark.parametrize("stage", [0.0, 0.3, 0.7, 2.0])
+def test_drills_say_what_is_true_and_weigh_what_was_found(stage):
+    for item in _drills(200, stage):
+        facts = dict(code.split(":")[1].split("=") for code in item.key[1:])
+        topic = item.key[1].split(":")[0]
+        assert split_of("passages", *item.key) == "train" and len(item.focus) == len(item.more) + 1
+        for (question, answer), focus in zip(_turns(item), item.focus):
+            words = [answer[start:stop] for start, stop in focus]
+            assert len(words) == answer.count(".")
+            for word in words:
+                known = {*facts, *facts.values()}
+                assert word in ("Yes", "No") or word in known or word.lower() in known, item
+            asked = question.rsplit(". ", 1)[-1].removesuffix(passages_turns.WHY)
+            if answer in ("Yes.", "No."):
+                assert _answers({**_read(""), topic: facts}, asked) == {answer[:-1].lower()}, item
+
+
+def test_drills_get_harder_and_make_way():
+    early, late = _drills(400, 0.1), _drills(400, 0.9)
+    assert max(len(item.key) for item in early) == 4 and max(len(i.key) for i in late) == 6
+    reasons = [sum(passages_turns.WHY in str(_turns(i)) for i in items) for items in (early, late)]
+    assert reasons[0] == 0 and reasons[1] > 200
+    rng = random.Random(1)
+    for progress, share in ((0.8, 0.0), (0.9, 1.0), (1.1, passages.DRILL_SHARE)):
+        items = [passages.sample(rng, "train", progress=progress) for _ in range(400)]
+        assert abs(sum(i.group == "drill" for i in items) / 400 - share) < 0.08
+
+
+def test_only_tokens_in_focus_carry_loss():
+    tokenizer = load_tokenizer()
+    for item, chat in zip(_drills(60, 0.5), [False, True] * 30):
+        ids, weights = mix.render(item, tokenizer, chat)
+        found = tokenizer.decode([i for i, weight in zip(ids, weights) if weight == item.weight])
+        texts = [a[x:y] for (_, a), part in zip(_turns(item), item.focus) for x, y in part]
+        assert found.split() == " ".join(texts).split(), item
+        assert set(weights[1:]) <= {0.0, item.weight}
 
 
 def test_further_questions_belong_to_training_text_alone():

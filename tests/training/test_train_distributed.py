@@ -16,7 +16,7 @@ import pytest
 import torch
 from docs_parts import ROOT, commands
 from safetensors.torch import load_file
-from two_processes import walk
+from two_processes import WALKS, walk
 
 from reftune.cli.train import train as verb
 from reftune.config.loader import dump
@@ -54,14 +54,18 @@ def test_two_processes_equal_one(tmp_path):
     one.mkdir()
     two.mkdir()
     launch(Path(__file__).with_name("two_processes.py"), two)
-    for count in (22, 17):  # 17: in the last step of an epoch one process has no row at all
-        walk(one, 8, count)
-        a, b = (load_file(place / f"{count}.safetensors") for place in (one, two))
+    for name, count in WALKS:
+        walk(one, 8, count, name)
+        a, b = (load_file(place / f"{name}{count}.safetensors") for place in (one, two))
         assert int(a["world"]) == 1 and int(b["world"]) == 2
         assert torch.allclose(a["loss"], b["loss"], rtol=1e-5)
         assert abs(float((a["loss"] - b["loss"]).mean())) < 1e-5
         assert torch.allclose(a["eval_loss"], b["eval_loss"], rtol=1e-5)
         assert torch.equal(a["tokens"], b["tokens"])
+        assert torch.allclose(a["bias_norm"], b["bias_norm"], rtol=1e-4)
+        assert torch.allclose(a["omega"], b["omega"], rtol=1e-4)
+        assert torch.equal(a["restraint_acted"], b["restraint_acted"])
+        assert bool(a["restraint_acted"].any()) == (name == "brep")
         assert_close(a, b)
     assert {p.name for p in two.glob("done*")} == {"done0", "done1"}
 

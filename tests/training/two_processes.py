@@ -10,9 +10,12 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 
+WALKS = (("sft", 22), ("sft", 17), ("brep", 17))
+"""With 17 rows one process has no row at all in the last step of an epoch."""
 
-def walk(out: Path, micro: int, count: int) -> None:
-    """Train on `count` rows, 8 a step, and save losses and weights."""
+
+def walk(out: Path, micro: int, count: int, name: str = "sft") -> None:
+    """Train on `count` rows, 8 a step, and save losses, weights and what the objective measured."""
     from reftune import objectives
     from reftune.config.recipe import AdapterSpec, OptimiserSpec, StageSpec
     from reftune.model.build import apply_adapter
@@ -26,21 +29,27 @@ def walk(out: Path, micro: int, count: int) -> None:
     examples = [Example(str(i), f"{i}+{i}=", f" {2 * i}", "") for i in range(count)]
     tokenizer = tiny_tokenizer()
     rows = encode_all(examples, tokenizer, 64)
-    model = apply_adapter(tiny_llama(), AdapterSpec(options={"rank": 2}, positions="f2+l2"), 0)
+    spec, options = AdapterSpec(options={"rank": 2}, positions="f2+l2"), {}
+    if name == "brep":
+        spec = AdapterSpec(method="red", site="mlp.up_proj", positions="all")
+        options = {"target": 0.05, "every": 1}
+    model = apply_adapter(tiny_llama(), spec, 0)
     optimiser = OptimiserSpec(lr=5e-3)
     sizes = {"epochs": 2, "batch_size": 8, "micro_batch_size": micro, "evaluate_every": 2}
     stage = StageSpec(optimiser=optimiser, **sizes)
-    args = arguments(stage, out / f"ck{count}", len(rows), seed=1, num_validation=len(rows))
-    objective = objectives.get("sft")()
+    place = f"{name}{count}"
+    args = arguments(stage, out / f"ck-{place}", len(rows), seed=1, num_validation=len(rows))
+    cls = objectives.get(name)
+    objective = cls(cls.config_from(options))
     trainer = ReftTrainer(model, args, objective, rows, rows, Collator.of(tokenizer))
     trainer.train()
     if is_main_process():
         values = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
-        for key in ("loss", "eval_loss", "tokens"):
+        for key in ("loss", "eval_loss", "tokens", "bias_norm", "omega", "restraint_acted"):
             found = [line[key] for line in trainer.state.log_history if key in line]
             values[key] = torch.tensor(found, dtype=torch.float64)
         values["world"] = torch.tensor(world_size())
-        save_file(values, str(out / f"{count}.safetensors"))
+        save_file(values, str(out / f"{place}.safetensors"))
 
 
 def sharded(out: Path) -> None:
@@ -83,11 +92,11 @@ def sharded(out: Path) -> None:
 
 
 def main() -> None:
-    """Walk with 22 and 17 rows, then shard a model."""
+    """Walk with 22 and 17 rows, with a restraint too, then shard a model."""
     torch.set_num_threads(1)
     out = Path(sys.argv[1])
-    for count in (22, 17):
-        walk(out, 2, count)
+    for name, count in WALKS:
+        walk(out, 2, count, name)
     sharded(out)
     (out / f"done{os.environ['RANK']}").touch()
 

@@ -6,12 +6,15 @@ import importlib.util
 import shutil
 from dataclasses import asdict, replace
 from importlib import metadata
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from reftune.cli.common import JsonFlag, out, print_json, read_recipe
 from reftune.cli.models import HeadOption, check_head, head_of
+
+if TYPE_CHECKING:
+    from reftune.training.plan import Plan
 
 EXTRAS = {
     "trl": ("trl",),
@@ -49,15 +52,16 @@ def doctor(
     failed check makes the exit code 4.
 
     With a model and a recipe it also applies the recipe's adapters to that model, loads its rows
-    and tells, for each stage, what causal caching holds constant, what it saves, and which edits
-    can never be trained.
+    and tells for each stage what causal caching does: the mode and why, the first edited layer and
+    token, the share of constant tokens, the memory of the store, the expected speed-up, and which
+    edits can never be trained.
 
     The check of a method, for those of your own package, does the same with it on tiny random
     models of several architectures.
     """
     facts = environment()
     checks: list[dict[str, Any]] = []
-    plans: list[dict[str, Any]] = []
+    plans: list[Plan] = []
     if recipe is not None:
         checks += _check_recipe(recipe)
     if model is not None:
@@ -68,7 +72,8 @@ def doctor(
         plans = _plans(recipe, model)
     failed = [check for check in checks if not check["passed"]]
     if json_:
-        print_json({**facts, "checks": checks, "plans": plans, "ok": not failed})
+        figures = [plan.figures() for plan in plans]
+        print_json({**facts, "checks": checks, "plans": figures, "ok": not failed})
     else:
         _show(facts, checks)
         _show_plans(plans)
@@ -137,29 +142,21 @@ def _check_method(name: str) -> list[dict[str, Any]]:
     return [asdict(check) for check in check_method(name)]
 
 
-def _plans(recipe: str, model: str) -> list[dict[str, Any]]:
+def _plans(recipe: str, model: str) -> list[Plan]:
     """Return the plan of each stage of a recipe, on another model if it names one."""
     from reftune.training.stages import plans
 
-    return [{**asdict(plan), "text": plan.line()} for plan in plans(read_recipe(recipe), model)]
+    return plans(read_recipe(recipe), model)
 
 
-def _show_plans(plans: list[dict[str, Any]]) -> None:
+def _show_plans(plans: list[Plan]) -> None:
     """Print what causal caching does in each stage."""
     from rich.text import Text
 
     for number, plan in enumerate(plans, 1):
-        lines = [("causal", plan["text"].removeprefix("causal: "))]
-        if plan["length"]:
-            lines += [
-                ("first edit", f"token {plan['p0']:g} of {plan['length']:g} (median)"),
-                ("untouched", f"{plan['l0'] + 1} of {plan['num_blocks']} blocks, from below"),
-            ]
-        if plan["dead"]:
-            lines.append(("dead", plan["dead"]))
-        out().print(f"stage {number}", style="bold")
-        for name, text in lines:
-            out().print(Text.assemble((f"  {name:<12}", "bold"), text), soft_wrap=True)
+        out().print(f"causal caching, stage {number}", style="bold")
+        for name, text in plan.facts().items():
+            out().print(Text.assemble((f"  {name:<12} ", "bold"), text), soft_wrap=True)
 
 
 def _show(facts: dict[str, Any], checks: list[dict[str, Any]]) -> None:

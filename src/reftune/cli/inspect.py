@@ -78,7 +78,10 @@ def inspect(
     task.hold_out = holds_out(recipe, task)
     examples = task.load(split)
     tokenizer = load_tokenizer(recipe.model)
-    stages = [_look(stage, examples, tokenizer, task, recipe, rows) for stage in recipe.stages]
+    is_train = split == "train"
+    stages = [
+        _look(stage, examples, tokenizer, task, recipe, rows, is_train) for stage in recipe.stages
+    ]
     shared = _overlap(task, split, examples)
     if json_:
         facts = {"task": recipe.task.name, "split": split, "model": recipe.model.name}
@@ -127,16 +130,25 @@ def _around(task: dict[str, Any], changes: list[str]) -> Recipe:
 
 
 def _look(
-    stage: StageSpec, examples: list, tokenizer: Any, task: Task, recipe: Recipe, count: int
+    stage: StageSpec,
+    examples: list,  # type: ignore[type-arg]
+    tokenizer: Any,
+    task: Task,
+    recipe: Recipe,
+    count: int,
+    is_train: bool,
 ) -> dict[str, Any]:
-    """Encode the rows of a stage; describe the first ones token by token and all in numbers."""
+    """Encode the rows of a stage; describe the first ones token by token and all in numbers.
+
+    Training rows are shown as the stage's objective changes them.
+    """
     from reftune.config.options import OTHER_METHODS
     from reftune.training.encode import encode
     from reftune.training.view import decode_view, edited_tokens
 
     adapter = stage.adapter
     head = recipe.model.head
-    encoded, long = _encode(examples, tokenizer, stage.max_len, head)
+    encoded, long = _changed(stage, examples, tokenizer, head, is_train)
     edits = adapter.method not in OTHER_METHODS
     rule: Any = (adapter.train_positions or adapter.positions) if edits else _nothing
     whole = {row.id: row for row in encoded.rows}
@@ -150,7 +162,7 @@ def _look(
                 "id": row.id,
                 "tokens": tokens,
                 "prompt_tokens": row.prompt_len,
-                "target_tokens": len(row) - row.prompt_len or len(row.decoder_labels or []),
+                "target_tokens": row.learned,
                 "cut": row.cut,
                 "needs_max_len": long.get(row.id),
                 "label": row.class_label,
@@ -158,7 +170,7 @@ def _look(
             }
         )
     counts = [sum(edited_tokens(row, rule, adapter.short)) if edits else 0 for row in encoded.rows]
-    labels = [len(row) - row.prompt_len or len(row.decoder_labels or []) for row in encoded.rows]
+    labels = [row.learned for row in encoded.rows]
     return {
         "method": adapter.method,
         "layers": adapter.layers,
@@ -175,6 +187,21 @@ def _look(
         },
         "remedy": _remedy(long, examples, task, recipe) if long else None,
     }
+
+
+def _changed(
+    stage: StageSpec, examples: list[Example], tokenizer: Any, head: str, is_train: bool
+) -> tuple[Rows, dict[str, int]]:
+    """Encode the rows that fit, as the objective changes them where they are training rows."""
+    from reftune.training.data import objective_of
+
+    objective = objective_of(stage)
+    limit = objective.row_limit(stage.max_len) if is_train else stage.max_len
+    encoded, long = _encode(examples, tokenizer, limit, head)
+    if is_train and len(encoded):
+        rows = objective.training_rows(encoded.rows, tokenizer, stage.max_len)
+        encoded = replace(encoded, rows=rows)
+    return encoded, long
 
 
 def _encode(

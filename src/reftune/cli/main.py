@@ -23,6 +23,7 @@ from reftune.cli import (
     chat,
     convert,
     demo,
+    diagnose,
     doctor,
     eval,
     generate,
@@ -79,6 +80,7 @@ for name, verb in {
     "doctor": doctor.doctor,
 }.items():
     app.command(name)(verb)
+app.add_typer(diagnose.app, name="diagnose")
 
 
 def _version(value: bool) -> None:

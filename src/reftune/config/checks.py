@@ -9,17 +9,20 @@ import re
 from typing import Any
 
 from reftune.config import options as registries
+from reftune.config.heft import arranged
 from reftune.config.naming import doubled, named
 from reftune.config.reading import Reader, join, stage_key
 from reftune.config.recipe import AdapterSpec, Recipe, StageSpec, TaskSpec
+from reftune.config.stacking import check_heft, check_stages
 from reftune.config.types import show
 from reftune.errors import PositionError, ReftuneError, nearest
 
 ABOVE_ZERO = {
     "": ["threads"],
     "task": ["train_size", "validation_size", "test_size"],
-    "stage": ["epochs", "max_steps", "batch_size", "micro_batch_size", "causal_budget"],
-    "optimiser": ["lr", "eps"],
+    "stage": ["max_steps", "batch_size", "micro_batch_size", "causal_budget"],
+    "optimiser": ["lr", "below_lr", "eps"],
+    "heft": ["epochs_total", "stage2_lora_lr"],
     "evaluation": ["batch_size", "max_new_tokens", "samples", "num_beams", "repetition_penalty"],
 }
 NOT_BELOW_ZERO = {
@@ -52,28 +55,33 @@ def check_recipe(recipe: Recipe, reader: Reader) -> None:
     checker.ranges(recipe.evaluation, "evaluation", "evaluation")
     _names(recipe, checker)
     check_task(recipe.task, reader)
+    if not any(key.startswith("task") for key in reader.bad):  # they take over what it says
+        for name, task in recipe.evaluation.also.items():
+            check_task(task, reader, f"evaluation.also.{name}")
     if recipe.task.name == "own" and recipe.task.train is None:
         text = "own data need `train:`, a JSONL, CSV or parquet file or a hub data set name."
         checker.fault("task.train", text, ("task.name", "task"))
     _evaluation(recipe, checker)
     stages = reader.places["stages"]
-    for index, stage in enumerate(recipe.stages):
-        key = stage_key(stages, index) if stages.value else ""
+    keys = [stage_key(stages, i) if stages.value else "" for i in range(len(recipe.stages))]
+    for stage, key in zip(recipe.stages, keys, strict=True):
         _stage(stage, key, recipe, checker)
+    check_heft(recipe, keys, checker)
+    check_stages(recipe, keys, checker)
     _head(recipe, checker)
     _together(recipe, checker)
 
 
-def check_task(task: TaskSpec, reader: Reader) -> None:
-    """Note the faults of a task by itself."""
+def check_task(task: TaskSpec, reader: Reader, key: str = "task") -> None:
+    """Note the faults of a task by itself; `key` is where it stands in the recipe."""
     checker = Checker(reader)
-    checker.ranges(task, "task", "task")
+    checker.ranges(task, "task", key)
     longest = task.options.get("max_new_tokens")
     if isinstance(longest, int) and longest < 1:
-        checker.fault("task.max_new_tokens", f"{longest} is not above 0.")
+        checker.fault(join(key, "max_new_tokens"), f"{longest} is not above 0.")
     if task.reward not in registries.reward_names():
         known = nearest(task.reward, registries.reward_names())
-        checker.fault("task.reward", f"there is no reward {show(task.reward)}. {known}")
+        checker.fault(join(key, "reward"), f"there is no reward {show(task.reward)}. {known}")
     seen: dict[str, str] = {}
     for split in ("train", "validation", "test"):
         source = getattr(task, split)
@@ -84,7 +92,7 @@ def check_task(task: TaskSpec, reader: Reader) -> None:
                 f"{show(source)} is the {seen[source]} data too. Scores on rows that were trained "
                 f"or chosen on mean nothing. Give other rows, or leave `{split}` out."
             )
-            checker.fault(f"task.{split}", text, (f"task.{seen[source]}",))
+            checker.fault(join(key, split), text, (join(key, seen[source]),))
         seen.setdefault(source, split)
 
 
@@ -135,18 +143,21 @@ def _names(recipe: Recipe, checker: Checker) -> None:
 
 
 def _head(recipe: Recipe, checker: Checker) -> None:
-    """Check that the task and the model's head deal with the same: classes, or text."""
-    task, head = recipe.task, recipe.model.head
-    if task.name not in registries.task_names() or "task.name" in checker.reader.bad:
-        return
-    kind = registries.task_class(task.name).kind_of(task.options)
-    if (kind == "classification") != (head == "classification"):
-        text = (
-            f'The task "{task.name}" is of kind {kind}, model.head is {head}. Classification tasks '
-            "need `head: classification` under `model:` and `objective: classification`, others "
-            "`head: causal` or `seq2seq`."
-        )
-        checker.fault("model.head", text, ("objective.name",))
+    """Check that the tasks and the model's head deal with the same: classes, or text."""
+    head = recipe.model.head
+    also = {f"evaluation.also.{name}": task for name, task in recipe.evaluation.also.items()}
+    for key, task in {"task": recipe.task, **also}.items():
+        name_key = join(key, "name")
+        if task.name not in registries.task_names() or name_key in checker.reader.bad:
+            continue
+        kind = registries.task_class(task.name).kind_of(task.options)
+        if (kind == "classification") != (head == "classification"):
+            text = (
+                f'The task "{task.name}" is of kind {kind}, model.head is {head}. Classification '
+                "tasks need `head: classification` under `model:` and `objective: "
+                "classification`, others `head: causal` or `seq2seq`."
+            )
+            checker.fault("model.head" if key == "task" else name_key, text, ("objective.name",))
 
 
 def _evaluation(recipe: Recipe, checker: Checker) -> None:
@@ -263,6 +274,7 @@ def _together(recipe: Recipe, checker: Checker) -> None:
     """Check that what the stages put on the model can stand and be saved together."""
     if checker.reader.bad:  # a method may be a default that stands in for a faulty one
         return
+    recipe = arranged(recipe)
     adapters = [stage.adapter for stage in recipe.stages]
     plain = [adapter.method for adapter in adapters if adapter.method in registries.PLAIN]
     if plain and (recipe.model.adapter or any(adapter != adapters[0] for adapter in adapters)):

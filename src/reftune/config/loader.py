@@ -18,6 +18,7 @@ import yaml
 
 from reftune.config import options as registries
 from reftune.config.checks import check_recipe, check_task
+from reftune.config.heft import ARRANGED, arranged
 from reftune.config.naming import named
 from reftune.config.nodes import Faults, Node, from_plain, override, parse
 from reftune.config.reading import read_recipe
@@ -139,7 +140,7 @@ def _finish(root: Node, overrides: Sequence[str], source: str, faults: Faults) -
     recipe, reader = read_recipe(_overridden(root, overrides, source, faults), faults)
     check_recipe(recipe, reader)
     faults.check(source)
-    return named(recipe)
+    return named(arranged(recipe))
 
 
 def _overridden(root: Node, overrides: Sequence[str], source: str, faults: Faults) -> Node:
@@ -176,16 +177,24 @@ def _drop_foreign_options(root: Node) -> None:
 def to_dict(recipe: Recipe) -> dict[str, Any]:
     """Return a recipe as plain values that `from_dict` reads back to an equal recipe.
 
-    Options stand beside the method, task or objective they belong to.
+    Options stand beside the method, task or objective they belong to. What follows from `heft` is
+    left out of the stages.
     """
     values = _plain(recipe)
-    values["task"] |= values["task"].pop("options")
+    for task in (values["task"], *values["evaluation"]["also"].values()):
+        task |= task.pop("options")
     for stage in values["stages"]:
         stage["adapter"] |= stage["adapter"].pop("options")
         options = stage.pop("objective_options")
         if options:
             stage["objective"] = {"name": stage["objective"], **options}
-    first = ["name", "model", "task", "stages"]
+        for key in ARRANGED if recipe.heft else ():
+            del stage[key]
+        if recipe.heft:
+            del stage["optimiser"]["below_lr"]
+    if recipe.heft is None:
+        del values["heft"]
+    first = ["name", "model", "task", *(["heft"] if recipe.heft else []), "stages"]
     return {key: values[key] for key in [*first, *(key for key in values if key not in first)]}
 
 

@@ -58,7 +58,16 @@ def method_config(name: str) -> type:
     """
     if name in OTHER_METHODS:
         return OTHER_METHODS[name][1]
-    return _registry("interventions").get(name).Config
+    return intervention_class(name).Config
+
+
+def intervention_class(name: str) -> type:
+    """Return the class of an intervention.
+
+    Raises:
+        RecipeError: If there is no such intervention.
+    """
+    return _registry("interventions").get(name)
 
 
 def objective_names() -> list[str]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from typing import Any
 
 from reftune.config import options as registries
@@ -11,6 +12,7 @@ from reftune.config.nodes import Faults, Node
 from reftune.config.recipe import (
     AdapterSpec,
     EvaluationSpec,
+    HeftSpec,
     ModelSpec,
     OptimiserSpec,
     Recipe,
@@ -21,9 +23,10 @@ from reftune.config.types import check, describe, field_types, hint, literals, s
 from reftune.errors import ReftuneError
 
 _NESTED = {"model", "task", "stages", "evaluation", "optimiser", "objective", "options"}
-_NESTED |= {"objective_options"}
+_NESTED |= {"objective_options", "heft", "also"}
 """Fields that are read by their own function."""
 _HOMES = {
+    **{item.name: "under `heft:`" for item in fields(HeftSpec)},
     **{item.name: "under `task:`" for item in fields(TaskSpec)},
     **{item.name: "under `evaluation:`" for item in fields(EvaluationSpec)},
     **{item.name: "under `optimiser:`" for item in fields(OptimiserSpec)},
@@ -192,6 +195,10 @@ def read_recipe(root: Node, faults: Faults) -> tuple[Recipe, Reader]:
         reader, EvaluationSpec, entries.get("evaluation"), "evaluation"
     )
     top["task"] = _task(reader, entries.get("task"))
+    also = _also(reader, entries.get("evaluation"), top["task"])
+    top["evaluation"] = replace(top["evaluation"], also=also)
+    if entries.get("heft") is not None and entries["heft"].value is not None:
+        top["heft"] = _plain_section(reader, HeftSpec, entries["heft"], "heft")
     top["stages"] = _stages(reader, entries["stages"])
     return Recipe(**top), reader
 
@@ -215,19 +222,47 @@ def _named(reader: Reader, names: Callable[[], list[str]], name: str, key: str, 
         text = f'the {what} "{name}" is coming; this version has not got it.{hint(name, known)}'
         reader.fault(key, text)
         return False
-    reader.fault(key, f'there is no {what} "{name}".{hint(name, known)}')
+    text = f'there is no {what} "{name}".{hint(name, known)}'
+    if what == "method" and name in registries.objective_names():
+        text = f'"{name}" is an objective, no method. Write `objective: {name}` beside `adapter:`.'
+    reader.fault(key, text)
     return False
 
 
-def _task(reader: Reader, node: Node | None) -> TaskSpec:
+def _task(
+    reader: Reader, node: Node | None, key: str = "task", start: TaskSpec | None = None
+) -> TaskSpec:
+    """Read a task; what it leaves open is taken from `start`, if that is the same task."""
+    start = start or TaskSpec()
     if node is None:
-        return TaskSpec()
-    found = reader.section(TaskSpec, node, "task")
-    name = found.get("name", TaskSpec.name)
-    known = _named(reader, registries.task_names, name, "task.name", "task")
+        return start
+    found = reader.section(TaskSpec, node, key)
+    name = found.get("name", start.name)
+    if name != start.name:
+        start = TaskSpec(name=name)
+    known = _named(reader, registries.task_names, name, join(key, "name"), "task")
     config = registries.task_config(name) if known else None
-    options = reader.options(node, "task", field_types(TaskSpec), config, f"task {name}")
-    return TaskSpec(**found, options=options)
+    options = reader.options(node, key, field_types(TaskSpec), config, f"task {name}")
+    return replace(start, **found, options={**start.options, **options})
+
+
+def _also(reader: Reader, node: Node | None, task: TaskSpec) -> dict[str, TaskSpec]:
+    """Read the further tasks that are scored."""
+    values = node.value if node is not None else None
+    entry = values.get("also") if isinstance(values, dict) else None
+    if entry is None or entry.value is None:
+        return {}
+    key = "evaluation.also"
+    reader.places[key] = entry
+    if not isinstance(entry.value, dict):
+        text = "is no mapping. Write names and what differs: `also: {new: {group: new}}`."
+        reader.fault(key, f"{show(entry.plain())} {text}", entry)
+        return {}
+    for name, item in entry.value.items():
+        if not re.fullmatch(r"[a-z0-9_]+", name):
+            text = f"{show(name)} names a figure and a file. Use a-z, 0-9 and _."
+            reader.fault(join(key, name), text, item)
+    return {name: _task(reader, item, join(key, name), task) for name, item in entry.value.items()}
 
 
 def _stages(reader: Reader, node: Node) -> list[StageSpec]:

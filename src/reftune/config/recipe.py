@@ -104,6 +104,8 @@ class OptimiserSpec:
 
     lr: float = 1e-3
     """Peak learning rate."""
+    below_lr: float | None = None
+    """Peak learning rate of the adapters below, with `below: trained`. Default: `lr`."""
     weight_decay: float = 0.0
     """Decoupled decay. Never applied to the orthonormal factor R, norms or biases."""
     schedule: Literal["linear", "cosine", "constant"] = "linear"
@@ -130,8 +132,13 @@ class StageSpec:
     """Options of the objective."""
     optimiser: OptimiserSpec = field(default_factory=OptimiserSpec)
     """AdamW and its schedule."""
+    below: Literal["frozen", "trained"] = "frozen"
+    """Adapters of earlier stages: `frozen` (their dropout off, too), or `trained` with this one."""
+    merge_below: bool = False
+    """Hold the LoRA below in the base's weights while this stage trains: faster steps, equal up to
+    rounding. The artefact keeps the two apart. Not on quantised weights."""
     epochs: float = 3.0
-    """Passes over the training rows."""
+    """Passes over the training rows. 0 puts the adapter on for a stage with `below: trained`."""
     max_steps: int | None = None
     """Stop after this many optimiser steps instead."""
     batch_size: int = 16
@@ -163,6 +170,30 @@ class StageSpec:
 
 
 @dataclass(frozen=True)
+class HeftSpec:
+    """HEFT: a LoRA and a ReFT stage within one budget of epochs (Hill 2025, arXiv 2509.09801).
+
+    It orders the two stages of the recipe and sets their `epochs`, `below` and `merge_below`, which
+    they cannot name themselves. The ReFT stage starts at the identity unless it sets `init`.
+    """
+
+    epochs_total: float = 3.0
+    """Passes over the training rows, both stages together."""
+    coarse_fraction: float = 2 / 3
+    """Share of them that LoRA gets, whatever the order. 1 is LoRA alone, 0 is ReFT alone: the same
+    budget for one method. Without meaning under `joint`."""
+    order: Literal["lora_first", "reft_first", "joint"] = "lora_first"
+    """`lora_first` is HEFT; `reft_first` swaps the stages; `joint` trains both in one stage."""
+    stage2_train: Literal["reft", "reft+lora"] = "reft"
+    """What the second stage of `lora_first` trains; `reft+lora` lets LoRA go on, more slowly."""
+    stage2_lora_lr: float | None = None
+    """Peak learning rate of LoRA under `reft+lora`. Default: a tenth of its own."""
+    merge_before_stage2: bool = False
+    """Hold LoRA in the base's weights during stage 2: faster, equal up to rounding. Not on
+    quantised weights. The artefact keeps the two apart."""
+
+
+@dataclass(frozen=True)
 class EvaluationSpec:
     """How answers are produced and scored after training."""
 
@@ -188,6 +219,9 @@ class EvaluationSpec:
     """No run of n tokens may come twice; 0 is off."""
     samples: int = 1
     """Answers a prompt when sampling."""
+    also: dict[str, TaskSpec] = field(default_factory=dict)
+    """Further rows to score, by name: what differs from the run's `task`, `{new: {group: new}}`, or
+    another task. Their main metric becomes the figure `<metric>_on_<name>`."""
 
 
 @dataclass(frozen=True)
@@ -200,6 +234,8 @@ class Recipe:
     """Data and scoring, or just the name of a task."""
     stages: list[StageSpec] = field(default_factory=lambda: [StageSpec()])
     """One or more stages. A single stage may stand at the top level instead."""
+    heft: HeftSpec | None = None
+    """Arrange a LoRA and a ReFT stage by one budget of epochs: order, shares, what goes on."""
     evaluation: EvaluationSpec = field(default_factory=EvaluationSpec)
     """How answers are produced and scored after training."""
     name: str = "run"

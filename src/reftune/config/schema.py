@@ -15,6 +15,7 @@ from reftune.config import options as registries
 from reftune.config.recipe import (
     AdapterSpec,
     EvaluationSpec,
+    HeftSpec,
     ModelSpec,
     OptimiserSpec,
     Recipe,
@@ -33,17 +34,23 @@ def schema() -> dict[str, Any]:
     'reftune recipe'
     """
     stage = _stage()
-    top = _properties(Recipe, skip=("model", "task", "stages", "evaluation"))
+    top = _properties(Recipe, skip=("model", "task", "stages", "heft", "evaluation"))
     top["track"] = {"anyOf": [top["track"], {"type": "string"}]} | _described(top["track"])
     top["model"] = _short(_object(_properties(ModelSpec)), {"type": "string"}, Recipe, "model")
     top["task"] = _task()
-    top["evaluation"] = _object(_properties(EvaluationSpec)) | _doc(Recipe, "evaluation")
+    top["evaluation"] = _evaluation(top["task"]) | _doc(Recipe, "evaluation")
+    top["heft"] = _object(_properties(HeftSpec)) | _doc(Recipe, "heft")
     top["stages"] = {
         "type": "array",
         "minItems": 1,
         "items": _object(stage),
     } | _doc(Recipe, "stages")
     return {"$schema": DRAFT, "title": "reftune recipe", **_object({**top, **stage})}
+
+
+def _evaluation(task: dict[str, Any]) -> dict[str, Any]:
+    also = {"type": "object", "additionalProperties": task} | _doc(EvaluationSpec, "also")
+    return _object({**_properties(EvaluationSpec, skip=("also",)), "also": also})
 
 
 def _stage() -> dict[str, Any]:

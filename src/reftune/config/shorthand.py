@@ -38,12 +38,24 @@ def canonical(root: Node, faults: Faults) -> Node:
     _named(top, "model", "name")
     _named(top, "task", "name")
     _hoist(top.get("task"), "options")
+    _also(top.get("evaluation"))
     if isinstance(top["stages"].value, list):
         for stage in top["stages"].value:
             _stage(stage)
     if "track" in top and isinstance(top["track"].value, str):
         top["track"] = top["track"].like([top["track"]])
     return root
+
+
+def _also(evaluation: Node | None) -> None:
+    """Write the tasks under `evaluation.also` as `task` is written."""
+    values = evaluation.value if evaluation is not None else None
+    also = values.get("also") if isinstance(values, dict) else None
+    if also is None or not isinstance(also.value, dict):
+        return
+    for name in list(also.value):
+        _named(also.value, name, "name")
+        _hoist(also.value.get(name), "options")
 
 
 def _stage(stage: Node) -> None:

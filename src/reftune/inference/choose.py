@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import DataError, RecipeError
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedTokenizerBase
 
+    from reftune.inference.prefix import PrefixCache
     from reftune.inference.prompts import Marks, Prompt, Row
 
 
@@ -108,8 +110,9 @@ def choose_rows(
     adapter_names: Sequence[str] | None = None,
     subspaces: Sequence[Sequence[int] | None] | None = None,
     progress: Callable[[int, int], None] | None = None,
+    shared: PrefixCache | None = None,
 ) -> list[list[float]]:
-    """Score the choices of prompts given in tokens; see `choose`."""
+    """Score the choices of prompts given in tokens; see `choose` and, for `shared`, `score`."""
     from reftune.inference import prompts as rows_of
 
     if batch_size < 1:
@@ -118,7 +121,8 @@ def choose_rows(
     rows_of.check_lengths(len(rows), subspaces=subspaces)
     asks = _asks(tokenizer, rows, lists, names, subspaces)
     _check_lengths(model, asks, list(map(len, lists)), rows_of.is_seq2seq(model))
-    scores = iter(score(model, tokenizer, asks, batch_size=batch_size, progress=progress))
+    how = {"batch_size": batch_size, "progress": progress, "shared": shared}
+    scores = iter(score(model, tokenizer, asks, **how))
     return [[next(scores).logprob for _ in found] for found in lists]
 
 
@@ -129,6 +133,7 @@ def score(
     *,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
+    shared: PrefixCache | None = None,
 ) -> list[Score]:
     """Score answers given in tokens; what `choose` and the lm-evaluation-harness model stand on.
 
@@ -141,6 +146,7 @@ def score(
         asks: Prompts and answers.
         batch_size: Rows a forward pass.
         progress: Called with (rows done, rows in all).
+        shared: Keys and values of what all prompts begin with, of a causal model.
     """
     import torch
 
@@ -153,7 +159,8 @@ def score(
     waiting = [order[i : i + batch_size] for i in range(0, len(order), batch_size)][::-1]
     scores: list[Score | None] = [None] * len(asks)
     done = 0
-    forward = _forward_seq2seq if rows_of.is_seq2seq(model) else _forward_causal
+    seq2seq = rows_of.is_seq2seq(model)
+    forward = _forward_seq2seq if seq2seq else partial(_forward_causal, shared=shared)
     with rows_of.evaluating(model):
         while waiting:
             batch = waiting.pop()
@@ -252,7 +259,10 @@ def _scores(
 
 
 def _forward_causal(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, batch: list[Ask]
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Ask],
+    shared: PrefixCache | None = None,
 ) -> list[Float[Tensor, "_ vocab"]]:
     """Return fp32 logits of each row: those that predict its answers, one more than it holds."""
     import torch
@@ -265,14 +275,18 @@ def _forward_causal(
     padded = rows_of.pad(rows, rows_of.pad_id(tokenizer), device)
     place = (padded.attention_mask.cumsum(-1) - 1).clamp_(min=0)
     keep = max(len(row.answer) for row in batch) + 1
+    begin = 0 if shared is None else len(shared)
     inputs: dict[str, Any] = {
-        "input_ids": padded.input_ids,
+        "input_ids": padded.input_ids[:, begin:],
         "attention_mask": padded.attention_mask,
         "use_cache": False,
     }
+    if shared is not None:
+        width = padded.input_ids.shape[1]
+        inputs["past_key_values"] = shared.cache([width - len(row) for row in rows])
     # Some families take positions from the mask themselves, and have no such argument.
     if rows_of.accepts(model, "position_ids"):
-        inputs["position_ids"] = place
+        inputs["position_ids"] = place[:, begin:]
     if rows_of.accepts(model, "logits_to_keep"):
         inputs["logits_to_keep"] = keep
     lens = torch.tensor([len(row.prompt) for row in batch], device=device)
@@ -315,6 +329,9 @@ def _call(
     """Run one forward pass with each row's adapter, subject and subspace; return the logits."""
     # An encoder-decoder's answers go to the decoder; its interventions see the prompt alone.
     extra = row_edits(model, batch, inputs["attention_mask"])
+    if "intervention_mask" in extra:  # one a new token; cached ones are not edited
+        new = inputs["input_ids"].shape[1]
+        extra["intervention_mask"] = extra["intervention_mask"][:, -new:]
     adapters_of = row_adapters(model, [row.adapter for row in batch])
     with adapters_of as adapters, scope(extra):
         return model(**inputs, **adapters).logits

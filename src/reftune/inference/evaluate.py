@@ -6,9 +6,10 @@ another model.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from os import PathLike
@@ -30,7 +31,7 @@ from reftune.inference.predictions import (
     show_prompt,
 )
 from reftune.inference.prefix import shared_prefix
-from reftune.inference.running import jobs_of
+from reftune.inference.running import Job, jobs_of
 
 if TYPE_CHECKING:
     from torch import nn
@@ -38,11 +39,14 @@ if TYPE_CHECKING:
 
     from reftune.config.recipe import EvaluationSpec
     from reftune.inference.decoding import Decoding
+    from reftune.inference.prefix import PrefixCache
     from reftune.inference.prompts import Row
     from reftune.report.model import Figure
     from reftune.tasks.base import Example, Task
 
 __all__ = ["Evaluation", "Prediction", "compare", "evaluate"]
+
+log = logging.getLogger(__name__)
 
 ChoiceBy = Literal["both", "text", "probability"]
 Progress = Callable[[int, int], None]
@@ -194,9 +198,7 @@ def _generated(run: _Run) -> list[Prediction]:
     rows = run.rows(decoding.max_new_tokens)
     jobs = jobs_of(run.model, rows, decoding, names, run.subspaces)
     progress = run.progress or False
-    with rows_of.evaluating(run.model):
-        shared = shared_prefix(run.model, jobs, decoding.options)
-    batch = (spec.batch_size, progress, shared)
+    batch = (spec.batch_size, progress, _shared(run, jobs, decoding.options))
     answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, *batch)
     return [
         Prediction(
@@ -214,6 +216,18 @@ def _generated(run: _Run) -> list[Prediction]:
         )
         for sample, text in enumerate(texts)
     ]
+
+
+def _shared(run: _Run, jobs: Sequence[Job], options: Mapping[str, Any]) -> PrefixCache | None:
+    """Return what all prompts begin with, computed once, where that pays."""
+    with rows_of.evaluating(run.model):
+        shared = shared_prefix(run.model, jobs, options)
+    if shared is not None:
+        log.info(
+            "all %d prompts begin with the same %d tokens; they are computed once",
+            *(len(run.examples), len(shared)),
+        )
+    return shared
 
 
 def _decoding(run: _Run) -> Decoding:
@@ -244,9 +258,12 @@ def _compared(run: _Run, generated: list[Prediction]) -> list[Prediction]:
     rows_of.require_generation(run.model)
     tokens = (run.tokenizer(c, add_special_tokens=False)["input_ids"] for c in {*chain(*lists)})
     rows = run.rows(max(map(len, tokens)))
+    names = check_adapters(run.model, run.adapter_names, len(rows))
+    told = [(r.subject, None, r.mask) for r in rows]
+    jobs = [Job(i, 0, r.ids, 0, names[i] if names else None, *told[i]) for i, r in enumerate(rows)]
     logprobs = choose_rows(
         *(run.model, run.tokenizer, rows, lists, run.spec.batch_size),
-        *(run.adapter_names, run.subspaces, run.progress),
+        *(run.adapter_names, run.subspaces, run.progress, _shared(run, jobs, {})),
     )
     extra: dict[str, tuple[dict[str, float], tuple[float, ...]]] = {}
     alone = []

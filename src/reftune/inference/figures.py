@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from reftune.inference import stats
 from reftune.inference.predictions import Prediction, gold_choice, row_values
+from reftune.tasks import metrics
 
 if TYPE_CHECKING:
     from reftune.config.recipe import EvaluationSpec
@@ -159,12 +160,8 @@ def _auroc_figure(run: Scored, predictions: list[Prediction], level: float) -> M
         return {}
     margins = [p.logprobs[1] - p.logprobs[0] for p in first]
     rows = [(margin, gold_choice(e) == 1) for margin, e in zip(margins, run.examples, strict=True)]
-    value = _auroc(rows)
+    value = metrics.auroc(*zip(*rows))
     if not math.isfinite(value):
         return {}
-    low, high = stats.bootstrap(rows, _auroc, level, _AGGREGATE_RESAMPLES, run.seed)
-    return {"auroc": Figure(mean=value, n=len(rows), low=low, high=high)}
-
-
-def _auroc(rows: Sequence[tuple[float, bool]]) -> float:
-    return stats.auroc([margin for margin, _ in rows], [label for _, label in rows])
+    low, high, error = metrics.auroc_interval(*zip(*rows), level)
+    return {"auroc": Figure(mean=value, n=len(rows), low=low, high=high, error=error)}

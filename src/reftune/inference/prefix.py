@@ -1,26 +1,29 @@
 """One prefill for what prompts have in common: a long system prompt, few-shot examples.
 
 Tokens before the first edit are the same under every adapter and under the base model, so their
-keys and values are computed once and serve all rows, adapters and samples. Exact: nothing that an
-adapter could change is shared. `evaluate` does it by itself where all prompts begin alike.
+keys and values are computed once and serve all rows, adapters, samples and beams. Exact: nothing
+that an adapter could change is shared, and a batch has the columns it has without sharing.
+`evaluate` does it by itself where all prompts begin alike.
 
-Left out on purpose: encoder-decoders, recurrent models, beams, and LoRA that differs per row (its
-prefix does too).
+Left out on purpose: encoder-decoders, recurrent models, and LoRA that differs per row (its prefix
+does too).
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import DataError, ModelError
 
 if TYPE_CHECKING:
+    from jaxtyping import Float
     from torch import Tensor, nn
     from transformers import Cache, PreTrainedTokenizerBase
 
     from reftune.inference.running import Job
+    from reftune.model.passes import Rules
     from reftune.model.positions import PositionRule
 
 LEAST = 32
@@ -35,13 +38,15 @@ class PrefixCache:
 
     Attributes:
         ids: The tokens, with the BOS if the tokenizer sets one.
-        keys: By block `[1, heads, P, dim]`.
+        keys: By block.
         values: Likewise.
+        stamp: State of the frozen model they were computed with; see `reftune.model.identity`.
     """
 
     ids: list[int]
-    keys: list[Tensor] = field(repr=False)
-    values: list[Tensor] = field(repr=False)
+    keys: list[Float[Tensor, "1 heads prefix _"]] = field(repr=False)
+    values: list[Float[Tensor, "1 heads prefix _"]] = field(repr=False)
+    stamp: int = 0
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -51,14 +56,36 @@ class PrefixCache:
         """Bytes of all tensors."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values))
 
-    def cache(self, rows: int) -> Cache:
-        """Return a cache for a batch that begins with the prefix; this object stays as it is."""
+    def cache(self, pads: Sequence[int]) -> Cache:
+        """Return a cache for a batch that is padded on the left; this object stays as it is.
+
+        Its P columns are the first P of the batch: in a row with n columns of padding, n of zeros
+        and the first P - n tokens. The last n are run with what follows them.
+
+        Args:
+            pads: Columns of padding before each row.
+        """
         from transformers import DynamicCache
 
         made = DynamicCache()
         for layer, (keys, values) in enumerate(zip(self.keys, self.values)):
-            made.update(keys.expand(rows, -1, -1, -1), values.expand(rows, -1, -1, -1), layer)
+            made.update(_moved(keys, pads), _moved(values, pads), layer)
         return made
+
+
+def _moved(
+    states: Float[Tensor, "1 heads prefix dim"], pads: Sequence[int]
+) -> Float[Tensor, "batch heads prefix dim"]:
+    """Repeat states for each row, moved to the right by its padding."""
+    import torch
+
+    rows = states.expand(len(pads), -1, -1, -1)
+    if not any(pads):
+        return rows
+    shift = torch.tensor(pads, device=states.device)[:, None]
+    source = torch.arange(states.shape[2], device=states.device) - shift
+    index = source.clamp(min=0)[:, None, :, None].expand_as(rows)
+    return rows.gather(2, index).masked_fill_((source < 0)[:, None, :, None], 0)
 
 
 def prefix_cache(
@@ -66,8 +93,8 @@ def prefix_cache(
 ) -> PrefixCache:
     """Compute the keys and values of a text that prompts begin with.
 
-    Give the result to `generate(..., prefix_cache=)`. Prompts must begin with the same *tokens*:
-    let the text end where a token ends in all of them, such as before a line break or a blank.
+    Give the result to `generate(..., prefix_cache=)` or `stream`. Prompts must begin with the same
+    *tokens*: let the text end where a token ends in all of them, such as behind a line break.
 
     Args:
         model: A causal language model, with or without adapters.
@@ -100,12 +127,16 @@ def compute(model: nn.Module, ids: Sequence[int]) -> PrefixCache:
 
     from reftune.inference import prompts as rows_of
     from reftune.model import causal
+    from reftune.model.cutting import Prefix
+    from reftune.model.identity import Identity
 
-    tokens = torch.tensor([list(ids)], device=rows_of.device_of(model))
-    rows = torch.zeros(1, dtype=torch.long, device=tokens.device)
-    found = causal.prefill(model, causal.Prefix(tokens, rows + len(ids), rows))
-    layers = found.layers
-    return PrefixCache(list(ids), [x.keys for x in layers], [x.values for x in layers])
+    tokens = torch.tensor(list(ids), device=rows_of.device_of(model))
+    layers = causal.prefill(model, Prefix.alone(tokens)).layers
+    states = [layer.keys for layer in layers], [layer.values for layer in layers]
+    return PrefixCache(list(ids), *states, Identity(model).stamp())
+
+
+# --- where it may end ----------------------------------------------------------------------------
 
 
 def editable_from(rule: PositionRule, job: Job) -> int:
@@ -122,22 +153,51 @@ def editable_from(rule: PositionRule, job: Job) -> int:
     return first
 
 
+class _Acting:
+    """Tells which adapters act on a job, and by what rules; looked up once for all jobs."""
+
+    def __init__(self, model: nn.Module) -> None:
+        from reftune.model.cutting import active
+        from reftune.model.lookup import calls, placed
+
+        self.rules = [call.rules for call in calls(model)]
+        self.active = sorted({name for site in placed(model) for name in active(site)})
+
+    def on(self, job: Job) -> Iterator[tuple[str, Rules]]:
+        """Yield names and rules."""
+        names = self.active if job.adapter is None else [job.adapter]
+        for rules in self.rules:
+            yield from ((name, rules[name]) for name in names if name in rules)
+
+
 def shareable(model: nn.Module, jobs: Sequence[Job]) -> int:
     """Return how many tokens all prompts have in common and no adapter may edit.
 
     The last token of a prompt is never among them: the model must run on something.
     """
-    from reftune.model.lookup import calls
-
-    rules = [rules.inference for call in calls(model) for rules in call.rules.values()]
-    first = jobs[0].ids
+    acting, first = _Acting(model), jobs[0].ids
     common = len(first)
     for job in jobs:
-        bounds = [editable_from(rule, job) for rule in rules]
+        bounds = [editable_from(rules.inference, job) for _, rules in acting.on(job)]
         common = min([common, len(job.ids) - 1, *bounds])
         same = next((i for i, (a, b) in enumerate(zip(first, job.ids)) if a != b), common)
         common = min(common, same)
     return max(common, 0)
+
+
+def _hindrance(model: nn.Module, jobs: Sequence[Job], options: Mapping[str, Any]) -> str | None:
+    """Return why jobs cannot share a prefix, whatever it is, or None."""
+    from reftune.model.obstacles import angle_limit
+    from reftune.model.switching import foreign_layers
+
+    if options.get("use_cache") is False or options.get("cache_implementation"):
+        return "options choose another cache"
+    if any(job.adapter is not None for job in jobs) and foreign_layers(model):
+        return "LoRA that differs per row changes the prefix"
+    limit, longest = angle_limit(model), max(len(job.ids) for job in jobs)
+    if limit is not None and longest > limit:
+        return f"rotary angles depend on the length of prompts of more than {limit} tokens"
+    return None
 
 
 def shared_prefix(
@@ -148,14 +208,11 @@ def shared_prefix(
     Args:
         model: The model.
         jobs: All answers to produce.
-        options: Generation options; beams rule it out.
+        options: Generation options.
     """
     from reftune.model.obstacles import model_obstacle
-    from reftune.model.switching import foreign_layers
 
-    if len(jobs) < 2 or options.get("num_beams", 1) > 1 or model_obstacle(model) is not None:
-        return None
-    if any(job.adapter is not None for job in jobs) and foreign_layers(model):
+    if len(jobs) < 2 or model_obstacle(model) or _hindrance(model, jobs, options):
         return None
     common = shareable(model, jobs)
     mean = sum(len(job.ids) for job in jobs) / len(jobs)
@@ -171,17 +228,21 @@ def check(
 
     Raises:
         DataError: If a prompt does not begin with it, or an adapter edits inside it.
-        ModelError: If beams or adapters per row rule it out.
+        ModelError: If the model is no longer the one it was computed with, or something else rules
+            it out.
     """
-    from reftune.model.lookup import calls
-    from reftune.model.switching import foreign_layers
+    from reftune.model.identity import Identity
 
-    if options.get("num_beams", 1) > 1:
-        raise ModelError("Beams cannot share a prefix.", "Generate without prefix_cache.")
-    if any(job.adapter is not None for job in jobs) and foreign_layers(model):
+    reason = _hindrance(model, jobs, options)
+    if reason is not None:
+        raise ModelError(f"A prefix cannot be shared: {reason}.", "Generate without prefix_cache.")
+    if Identity(model).stamp() != cache.stamp:
         raise ModelError(
-            "LoRA that differs per row cannot share a prefix.", "Generate without prefix_cache."
+            "prefix_cache was computed with another model, other weights, or LoRA switched "
+            "otherwise.",
+            "Compute it again.",
         )
+    acting = _Acting(model)
     for job in jobs:
         if job.ids[: len(cache)] != cache.ids or len(job.ids) <= len(cache):
             raise DataError(
@@ -189,44 +250,11 @@ def check(
                 "ends with them.",
                 "Compute it from the common beginning, up to where a token ends in all prompts.",
             )
-        for call in calls(model):
-            for name, rules in call.rules.items():
-                first = editable_from(rules.inference, job)
-                if first < len(cache):
-                    raise DataError(
-                        f'Adapter "{name}" ({rules.inference}) edits token {first} of prompt '
-                        f"{job.row}, inside the prefix of {len(cache)} tokens.",
-                        f"Compute prefix_cache from at most the first {first} tokens.",
-                    )
-
-
-def pad_behind(rows: Sequence[Sequence[int]], cache: PrefixCache, pad_id: int, device: Any) -> Any:
-    """Pad prompts between the common prefix and the rest `[rows, width]`.
-
-    >>> row = PrefixCache([1, 2], [], [])
-    >>> pad_behind([[1, 2, 5, 6], [1, 2, 7]], row, 0, "cpu").input_ids.tolist()
-    [[1, 2, 5, 6], [1, 2, 0, 7]]
-    """
-    import torch
-
-    from reftune.inference import prompts as rows_of
-
-    head = len(cache)
-    rest = rows_of.pad([row[head:] for row in rows], pad_id)
-    ids = torch.tensor([cache.ids] * len(rows))
-    mask = torch.ones_like(ids)
-    return rows_of.Batch(
-        torch.cat([ids, rest.input_ids], 1).to(device),
-        torch.cat([mask, rest.attention_mask], 1).to(device),
-    )
-
-
-def has_window(model: nn.Module) -> bool:
-    """Say whether some blocks see a window of columns only; padding inside rows would fill it."""
-    from reftune.model.sites import base_of
-
-    config = base_of(model).config.get_text_config()
-    kinds = [str(kind) for kind in getattr(config, "layer_types", None) or ()]
-    if kinds:
-        return any("sliding" in kind or "chunked" in kind for kind in kinds)
-    return bool(getattr(config, "sliding_window", None))
+        for name, rules in acting.on(job):
+            first = editable_from(rules.inference, job)
+            if first < len(cache):
+                raise DataError(
+                    f'Adapter "{name}" ({rules.inference}) edits token {first} of prompt '
+                    f"{job.row}, inside the prefix of {len(cache)} tokens.",
+                    f"Compute prefix_cache from at most the first {first} tokens.",
+                )

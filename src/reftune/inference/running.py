@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from reftune.inference import prefix
 from reftune.inference.edits import row_adapters, row_edits
 
 if TYPE_CHECKING:
@@ -101,14 +100,12 @@ def run(
     seq2seq = rows_of.is_seq2seq(model)
     rows = [job.ids for job in batch]
     pad_id, device = rows_of.pad_id(tokenizer), rows_of.device_of(model)
-    if shared is not None and len({len(row) for row in rows}) > 1 and prefix.has_window(model):
-        shared = None
-    if shared is None:
-        padded = rows_of.pad(rows, pad_id, device)
-    else:
-        padded = prefix.pad_behind(rows, shared, pad_id, device)
-        extra["past_key_values"] = shared.cache(len(rows))
+    padded = rows_of.pad(rows, pad_id, device)
     width = 1 if seq2seq else padded.input_ids.shape[1]
+    if shared is not None:
+        beams = decoding.options.get("num_beams", 1)
+        pads = [width - len(row) for row in rows for _ in range(beams)]
+        extra["past_key_values"] = shared.cache(pads)
     processors = LogitsProcessorList()
     if decoding.sampled:
         keys = [(job.row, job.sample) for job in batch]

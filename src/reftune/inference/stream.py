@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
+from reftune.inference import prefix
 from reftune.inference.edits import check_adapters
 
 if TYPE_CHECKING:
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from reftune.inference.decoding import Decoding
+    from reftune.inference.prefix import PrefixCache
     from reftune.inference.prompts import Marks, Prompt
     from reftune.inference.running import Job
 
@@ -35,6 +37,7 @@ def stream(
     marks: Marks | None = None,
     stop: Sequence[str] = (),
     options: Mapping[str, Any] | None = None,
+    prefix_cache: PrefixCache | None = None,
 ) -> Iterator[str]:
     """Yield the answer to one prompt piece by piece; joined they equal `generate`'s answer.
 
@@ -56,6 +59,7 @@ def stream(
         marks: Marked pieces of the prompt, for the position rule `mask`.
         stop: Texts that end the answer; they are cut off.
         options: See `generate`; beams cannot be streamed.
+        prefix_cache: See `generate`.
 
     Raises:
         ReftuneError: As `generate`.
@@ -76,11 +80,17 @@ def stream(
     seq2seq = rows_of.is_seq2seq(model)
     rows = rows_of.encode_prompts(tokenizer, [prompt], seq2seq, [subject], [marks])
     job = jobs_of(model, rows, decoding, names, [subspace])[0]
-    return _until(_pieces(model, tokenizer, job, decoding), decoding.stop)
+    if prefix_cache is not None:
+        prefix.check(model, prefix_cache, [job], decoding.options)
+    return _until(_pieces(model, tokenizer, job, decoding, prefix_cache), decoding.stop)
 
 
 def _pieces(
-    model: nn.Module, tokenizer: PreTrainedTokenizerBase, job: Job, decoding: Decoding
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    job: Job,
+    decoding: Decoding,
+    shared: PrefixCache | None,
 ) -> Generator[str]:
     """Yield text as tokens arrive from a thread that generates."""
     from threading import Event, Thread
@@ -95,7 +105,7 @@ def _pieces(
         try:
             criteria = [choosing.Cancelled(cancel)]
             with rows_of.evaluating(model):  # here: autograd's mode belongs to the thread
-                run(model, tokenizer, [job], decoding, criteria, streamer=tokens)
+                run(model, tokenizer, [job], decoding, criteria, shared, streamer=tokens)
         except BaseException as error:  # handed to the reader
             failures.append(error)
         finally:

@@ -16,7 +16,7 @@ class RedConfig(InterventionConfig):
     """Settings of RED."""
 
     train_scale: bool = True
-    """Train s; `false` trains the bias only."""
+    """Train s; `false` trains the bias only. BREP's paper calls it `train_scaling`."""
 
 
 class Red(Intervention):
@@ -24,7 +24,8 @@ class Red(Intervention):
 
     h' = s ⊙ h + b,   s, b ∈ ℝ^d.   Parameters per site: 2·d (d when only the bias is trained).
     Source: arXiv 2402.15179; as a ReFT: arXiv 2404.03592, appendix B. Published on all tokens.
-    Starts at the identity (s = 1, b = 0) whatever `init` says, as published.
+    Starts at the identity (s = 1, b = 0) whatever `init` says, as published. On the output of
+    `mlp.up_proj` it is the intervention of BREP (arXiv 2511.10707), of d = intermediate size.
     """
 
     Config = RedConfig

@@ -18,18 +18,21 @@ from reftune.interventions import get as get_method
 from reftune.interventions import names as method_names
 from reftune.interventions.base import Intervention, InterventionConfig
 from reftune.interventions.checking import check_fields
-from reftune.model.call import Call, Inputs, Rules, bind
+from reftune.model.call import Call, bind
 from reftune.model.generation import ScopedGenerate
 from reftune.model.input_grads import install, uninstall
 from reftune.model.lookup import (
+    BLOCKS,
     CALL,
     CALLS,
     HOOKS,
+    SITES,
     adapter_names,
     calls,
     check_known,
     sites,
 )
+from reftune.model.passes import Inputs, Rules
 from reftune.model.positions import SHORT, PositionRule
 from reftune.model.quantised import check_backward, settle
 from reftune.model.site import (
@@ -264,6 +267,7 @@ def inject(
         outer = any(target.module is block for block in blocks.modules)
         site = site_class(target.dim, call, target.layer, outer)
         target.module.add_module(CHILD, site)
+        base_of(model).__dict__.setdefault(SITES, []).append(site)
         handle = target.module.register_forward_hook(site_hook, prepend=True)
         _keep(target.module, handle)
         if not outer:
@@ -291,6 +295,7 @@ def prepare(model: nn.Module, blocks: Blocks) -> Call:
     settle(base)
     setattr(blocks.stack, CALL, call)
     base.__dict__.setdefault(CALLS, []).append(call)
+    base.__dict__.setdefault(BLOCKS, []).append(blocks)
     _keep(blocks.stack, blocks.stack.register_forward_pre_hook(_stack_pre_hook, with_kwargs=True))
     if not any(hook is _model_pre_hook for hook in base._forward_pre_hooks.values()):
         hook = base.register_forward_pre_hook(_model_pre_hook, with_kwargs=True, prepend=True)
@@ -360,7 +365,7 @@ def _clean(model: nn.Module) -> None:
         for handle in module.__dict__.pop(HOOKS, []):
             handle.remove()
         module._modules.pop(CHILD, None)
-        for key in (CALL, CALLS):
+        for key in (CALL, CALLS, BLOCKS, SITES):
             module.__dict__.pop(key, None)
         wrapped = module.__dict__.get("_gradient_checkpointing_func")
         if isinstance(wrapped, ReplayedCall):

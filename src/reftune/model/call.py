@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import inspect
 from collections import deque
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Int, Real, Shaped
+from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError, PositionError
+from reftune.model.passes import Inputs, Rules, Scope, Snapshot
 from reftune.model.positions import TIED, PositionRule, Tokens, row_index
 from reftune.model.refusals import (
     as_mask,
@@ -31,76 +33,6 @@ EXTRA_INPUTS = ("intervention_mask", "prompt_lens", "subject_positions", "subspa
 """Keyword arguments of a model call that belong to interventions and never reach the model."""
 MAX_PASSES = 16
 """Forward passes whose description is kept for recomputation in a backward pass."""
-
-
-@dataclass(frozen=True)
-class Rules:
-    """The position rules of one adapter."""
-
-    inference: PositionRule
-    training: PositionRule
-    short: str = "union"
-
-    def current(self, training: bool) -> PositionRule:
-        """Return the rule in force."""
-        return self.training if training else self.inference
-
-
-@dataclass
-class Scope:
-    """A generation: the prompt columns are known, everything after them is generated.
-
-    Attributes:
-        prompt_mask: True at the prompt's real tokens.
-        mask: Explicit edit columns over the prompt, or None.
-        subject: Place of the subject's last token in each row, or None.
-    """
-
-    prompt_mask: Bool[Tensor, "batch prompt"]
-    mask: Bool[Tensor, "batch prompt"] | None = None
-    subject: Int[Tensor, " batch"] | None = None
-
-
-@dataclass
-class Inputs:
-    """What the caller said beside the model's own inputs."""
-
-    labels: Real[Tensor, "batch ..."] | None = None
-    prompt_lens: Int[Tensor, " batch"] | None = None
-    mask: Bool[Tensor, "batch columns"] | None = None
-    subject: Int[Tensor, " batch"] | None = None
-    subspaces: Any = None
-
-    def filled(self, other: Inputs | None) -> Inputs:
-        """Return these inputs, with what they leave open taken from `other`."""
-        if other is None:
-            return self
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        return Inputs(**{k: getattr(other, k) if v is None else v for k, v in values.items()})
-
-
-@dataclass
-class Snapshot:
-    """The description of one forward pass, kept for recomputation in the backward pass.
-
-    `unknown` says in what situation the prompt's end is not known; rules that depend on it refuse.
-    """
-
-    tokens: Tokens | None = None
-    training: bool = False
-    grad: bool = False
-    rows: tuple[str, ...] | None = None
-    subspaces: Any = None
-    idle: bool = True
-    batch: int = 0
-    width: int = 0
-    past: int = 0
-    scope_width: int | None = None
-    unknown: str | None = None
-    inputs: set[tuple] = field(default_factory=set)
-    places: dict[tuple, tuple[Int[Tensor, "batch columns"] | None, dict]] = field(
-        default_factory=dict
-    )
 
 
 class Call:
@@ -375,6 +307,53 @@ class Call:
                     )
                 mask[row, dim] = True
         return mask.repeat_interleave(times, 0)
+
+    # Questions without a forward pass
+
+    def preview(
+        self,
+        names: Iterable[str],
+        inputs: Inputs,
+        valid: Bool[Tensor, "batch seq"],
+        training: bool,
+    ) -> tuple[Bool[Tensor, "batch seq"], Int[Tensor, "batch 1"]]:
+        """Return the columns that adapters would edit, and the prompts' lengths; nothing runs.
+
+        Args:
+            names: The adapters; of those, where rows have their own, each edits its rows.
+            inputs: What the caller of the pass would say.
+            valid: True at real tokens.
+            training: Which of an adapter's rules are in force.
+
+        Raises:
+            PositionError: Where the pass itself would: the prompt's end is not known, or a column
+                that a rule needs was not given.
+        """
+        before = self.now
+        batch, width = valid.shape
+        self.now = now = Snapshot(training=training, rows=self.rows, batch=batch, width=width)
+        try:
+            tokens = self._describe(inputs, {"attention_mask": valid}, valid.device)
+            edited = torch.zeros_like(valid)
+            for name in sorted(names):
+                rules = self.rules[name]
+                rule = rules.current(training)
+                self._refuse_unknown_end(rule)
+                mask = rule.select(tokens, TIED, rules.short)
+                edited |= mask if now.rows is None else mask & self._rows_of(name, mask)
+            return edited, tokens.prompt_len
+        finally:
+            self.now = before
+
+    @contextmanager
+    def silent(self) -> Iterator[None]:
+        """Inside, forward passes are neither described nor edited, whatever rows they hold."""
+        before = self.rules, self.now
+        self.rules, self.now = {}, Snapshot()
+        try:
+            yield
+        finally:
+            self.rules, self.now = before
 
     # Recomputation under gradient checkpointing
 

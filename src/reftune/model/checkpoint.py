@@ -27,7 +27,13 @@ from reftune.model.levels import (
     parts,
     refuse_foreign,
 )
-from reftune.model.record import base_record, check_tensors, spec_from, warn_other_base
+from reftune.model.record import (
+    base_record,
+    check_below,
+    check_tensors,
+    spec_from,
+    warn_other_base,
+)
 from reftune.model.sites import base_of
 from reftune.report.files import write_text_atomic
 
@@ -36,7 +42,7 @@ CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
 SIDECAR = "reftune.json"
-"""Beside adapters of other kinds: what our own config says of the base model."""
+"""Beside adapters of other kinds: what our own config says of base model and adapter below."""
 
 __all__ = [
     "adapter_bytes",
@@ -162,7 +168,7 @@ def _write_part(part: Part, folder: Path, below: str | None, record: dict[str, A
     if part.kind == "reft":
         config.update(stacked_on=below, base_model=record)
     else:
-        _write_json(folder / SIDECAR, {"base_model": record})
+        _write_json(folder / SIDECAR, {"base_model": record, "stacked_on": below})
     _write_json(folder / CONFIG, {k: getattr(v, "value", v) for k, v in config.items()})
 
 
@@ -205,6 +211,7 @@ def load_adapter(
     how = {"device": device, "trust_remote_code": trust_remote_code}
     if (folder / STACK).is_file():
         base, layers = _read_stack(folder)
+        check_below(_needs(layers[0][0]).get("stacked_on"), model, folder=layers[0][0])
         model, tokenizer = _base_for(base, model, tokenizer, layers[0][0], how)
         for part, name in layers:
             model = _load_level(part, model, trainable, name)
@@ -216,9 +223,27 @@ def load_adapter(
             f'"{path}" is not an adapter: there is no {CONFIG}, {STACK} or config.json in it.',
             "Give a folder written by reftune or PEFT, or a run folder.",
         )
-    name = _read_json(folder / CONFIG).get("base_model_name_or_path")
-    model, tokenizer = _base_for(name, model, tokenizer, folder, how)
-    return _load_level(folder, model, trainable).eval(), tokenizer
+    config = _read_json(folder / CONFIG)
+    check_below(_needs(folder).get("stacked_on"), model, folder=folder)
+    base = config.get("base_model_name_or_path")
+    model, tokenizer = _base_for(base, model, tokenizer, folder, how)
+    name = _free_name(config, model)
+    return _load_level(folder, model, trainable, name).eval(), tokenizer
+
+
+def _free_name(config: dict[str, Any], model: nn.Module) -> str:
+    """Return the name for an adapter that brings none.
+
+    A LoRA on top of one of ours needs another: PEFT's wrapper of the upper one would overwrite the
+    settings of the lower, and act by them.
+    """
+    from reftune.model.face import MEMBER
+    from reftune.model.lookup import adapter_names
+
+    names = adapter_names(model)
+    if config.get("peft_type") == MEMBER or "default" not in names:
+        return "default"
+    return next(name for n in range(2, len(names) + 3) if (name := f"default{n}") not in names)
 
 
 def _load_whole(folder: Path, how: dict[str, Any]) -> tuple[nn.Module, Any]:
@@ -303,8 +328,7 @@ def _base_for(
         raise AdapterError(f'"{folder}" does not say which base model it needs.', "Pass model=.")
     from reftune.model.build import load_base
 
-    config = _read_json(folder / CONFIG)
-    beside = _read_json(folder / SIDECAR) if (folder / SIDECAR).is_file() else config
+    config, beside = _read_json(folder / CONFIG), _needs(folder)
     spec = spec_from(name, beside.get("base_model"), config, how["trust_remote_code"])
     num_labels = _num_labels(folder) if spec.head == "classification" else None
     try:
@@ -313,6 +337,11 @@ def _base_for(
         raise AdapterError(
             f'The base model of "{folder}" is not available: {error.what}', "Pass model=."
         ) from error
+
+
+def _needs(folder: Path) -> dict[str, Any]:
+    """Return what an adapter says it needs: `base_model`, and `stacked_on` or nothing."""
+    return _read_json(folder / (SIDECAR if (folder / SIDECAR).is_file() else CONFIG))
 
 
 def _num_labels(folder: Path) -> int | None:

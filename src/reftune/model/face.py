@@ -238,6 +238,10 @@ class ReftLayer(Site, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """Do nothing: `inject` places the weights, and meta weights must stay where they are."""
 
+    def enable_adapters(self, enabled: bool) -> None:
+        """Switch the site. PEFT's own way would also unfreeze what a stage below had trained."""
+        self._disable_adapters = not enabled
+
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter here."""
         BaseTunerLayer.delete_adapter(self, adapter_name)
@@ -270,7 +274,7 @@ class ReftModel(BaseTuner):
         base = base_of(self.model)
         blocks = find_blocks(base, peft_config.stack, peft_config.blocks)
         peft_config.fitted(base)
-        check_below(peft_config, self.model)
+        check_below(peft_config.stacked_on, self.model, own=peft_config)
         warn_other_base(peft_config.base_model_name_or_path, base)
         if not peft_config.inference_mode:
             check_backward(base)
@@ -338,6 +342,24 @@ class ReftModel(BaseTuner):
         if "peft_config" in below.__dict__:
             del below.peft_config
         return below
+
+    def enable_adapter_layers(self) -> None:
+        """Switch all adapters on; what is frozen stays so, such as the LoRA of an earlier stage."""
+        with self._as_trained():
+            super().enable_adapter_layers()
+
+    def disable_adapter_layers(self) -> None:
+        """Switch all adapters off; what is trained stays so."""
+        with self._as_trained():
+            super().disable_adapter_layers()
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """Keep which parameters are trained: PEFT's LoRA layers change that when they switch."""
+        before = [(p, p.requires_grad) for p in self.model.parameters()]
+        yield
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Switch this level's adapters; those of levels below go on acting, trained or frozen."""

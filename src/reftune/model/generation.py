@@ -8,8 +8,9 @@ import torch
 from jaxtyping import Bool, Shaped
 from torch import Tensor, nn
 
-from reftune.model.call import EXTRA_INPUTS, Inputs, Scope
+from reftune.model.call import EXTRA_INPUTS
 from reftune.model.lookup import calls
+from reftune.model.passes import Inputs, Scope
 
 
 class ScopedGenerate:

@@ -176,13 +176,27 @@ def check_tensors(given: set[str], own: set[str], place: str | Path) -> None:
     )
 
 
-def check_below(config: Any, model: nn.Module) -> None:
-    """Raise AdapterError when the adapter this one was trained on top of is missing."""
+def check_below(
+    stacked_on: str | None, model: nn.Module, own: Any = None, folder: Path | None = None
+) -> None:
+    """Raise AdapterError when the adapter that another was trained on top of is missing.
+
+    Args:
+        stacked_on: Kind of the adapter below, as the artefact says; None if there is none.
+        model: The model it is loaded on.
+        own: Its own config, where that hangs on the model already.
+        folder: Where it is loaded from, if that is known.
+    """
     below = getattr(model, "peft_config", None) or {}
-    kinds = {kind_name(c) for c in below.values() if c is not config}
-    if config.stacked_on and config.stacked_on not in kinds:
-        raise AdapterError(
-            f'This adapter was trained on top of a "{config.stacked_on}" adapter, '
-            "which is not on the model.",
-            "Load the whole stack (the folder with stack.json), or apply that adapter first.",
-        )
+    kinds = {kind_name(c) for c in below.values() if c is not own}
+    if not stacked_on or stacked_on in kinds:
+        return
+    place = "the folder beside this one"
+    if folder is not None:
+        beside = folder.resolve().parent / stacked_on
+        place = f"{beside} ({'it is there' if beside.is_dir() else 'nothing is there'})"
+    raise AdapterError(
+        f'This adapter was trained on top of a "{stacked_on}" adapter, which is not on the model. '
+        f"Its place in the stack is {place}.",
+        "Load the whole stack (the folder with stack.json), or apply that adapter first.",
+    )

@@ -14,11 +14,10 @@ from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from reftune.errors import ModelError
-from reftune.model import causal
+from reftune.model import causal, cutting
 from reftune.model.adapters import prompt_scope
+from reftune.model.cutting import IGNORE
 from reftune.model.sites import base_of
-
-IGNORE = -100
 
 
 @dataclass
@@ -110,7 +109,7 @@ class Runner:
 
     def _causal(self, prepared: Prepared, hidden: bool) -> RunOutput:
         model = _unwrapped(self.model)
-        suffix = None if self.source is None else causal.split(model, prepared)
+        suffix = None if self.source is None else cutting.split(model, prepared)
         if suffix is None:
             return self._predict(prepared, hidden)
         with causal.running(model, suffix, self.source(suffix)) as batch:

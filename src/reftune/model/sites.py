@@ -163,9 +163,11 @@ def find_targets(blocks: Blocks, layers: str | Sequence[int], site: str = BLOCK)
             continue
         module = dict(block.named_modules()).get(site)
         if module is None:
+            have = [i for i, b in enumerate(blocks.modules) if site in dict(b.named_modules())]
+            where = f" Layers that have it: {', '.join(map(str, have))}." if have else ""
             raise SiteError(
                 f'Block {name} has no module "{site}".',
-                f"Linear modules in it: {', '.join(linear_names(block)) or 'none'}.",
+                f"Linear modules in it: {', '.join(linear_names(block)) or 'none'}.{where}",
             )
         targets.append(Target(f"{name}.{site}", module, _out_dim(module, name, site), layer))
     return targets

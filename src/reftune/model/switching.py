@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from jaxtyping import Bool, Int, Real
 from torch import Tensor, nn
 
-from reftune.model.call import Inputs
 from reftune.model.lookup import calls, check_known, sites
+from reftune.model.passes import Inputs
 from reftune.model.site import Site
 
 

@@ -9,6 +9,9 @@ from typing import Literal
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
+Span = tuple[int, int]
+"""First and one past the last character of a part of a text."""
+
 DENSE_FROM = 0.5
 """Progress from which short answers are asked for more densely.
 
@@ -16,12 +19,9 @@ At 15 M tokens three skills stood still whose answers are a few tokens among man
 passages, flawed steps, bridges for people not shown in them. From here on several questions follow
 a passage, facts are also told in full sentences, and remarks also meet problems of one step."""
 
-LATE_FROM = 25 / 30
-"""Progress from which most tokens are passages; see `mix.LATE_SHARES`."""
-
-RETELL_FROM = 29.5 / 30
-"""Progress from which passages are short and told again in other words: look-ups had not risen with
-a larger share of the tokens alone."""
+DRILLS = (25 / 30, 31.5 / 30)
+"""Part of training that is nothing but drills of look-up: beside other text they were not learnt.
+The rest of the world comes back after it (`mix.PHASES`)."""
 
 SEED = 20_26
 """Seed of the released world. Another seed is another world with other people, pairs and splits."""
@@ -41,6 +41,8 @@ class Item:
         group: Part of the sub-world an experiment selects (`known`, `half`, `new`, `far`, ...).
         more: Further questions with their answers that follow in the same document.
         weight: Loss weight of the answers' tokens; for answers that are few among many tokens.
+        focus: Parts of each answer that alone carry loss, one tuple a turn; empty: all of it, and
+            the questions a little.
     """
 
     world: str
@@ -52,6 +54,7 @@ class Item:
     group: str = ""
     more: tuple[tuple[str, str], ...] = ()
     weight: float = 1.0
+    focus: tuple[tuple[Span, ...], ...] = ()
 
 
 def fraction(*key: object, seed: int = SEED) -> float:

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from reftune.nano.item import LATE_FROM, Item, Split
+from reftune.nano.item import DRILLS, Item, Span, Split
 from reftune.nano.tokenizer import ASSISTANT_ID, BOS_ID, EOS_ID, USER_ID
 
 if TYPE_CHECKING:
@@ -24,16 +24,21 @@ SHARES: dict[str, float] = {
 """Share of training tokens per sub-world (A to F)."""
 
 LATE_SHARES: dict[str, float] = {
-    "sums": 0.25, "facts": 0.14, "passages": 0.40, "guided": 0.11, "logs": 0.04, "stories": 0.06,
+    "sums": 0.25, "facts": 0.15, "passages": 0.36, "guided": 0.10, "logs": 0.04, "stories": 0.10,
 }  # fmt: skip
-"""Shares from `LATE_FROM` on: sums and facts are known by then, look-ups are not."""
+"""Shares after the drills: sums and facts are known by then, look-ups are fresh."""
 
-ENCODER_SHARES: dict[str, float] = {"logs": 0.6, "stories": 0.4}
+Phases = tuple[tuple[float, dict[str, float]], ...]
+"""Shares of tokens, each from a place in the curriculum on."""
+
+PHASES: Phases = ((0.0, SHARES), (DRILLS[0], {"passages": 1.0}), (DRILLS[1], LATE_SHARES))
+
+ENCODER_PHASES: Phases = ((0.0, {"logs": 0.6, "stories": 0.4}),)
 """Token mix of `nano-encoder`, the masked model for the log studies."""
 
 WORLDS: tuple[str, ...] = tuple(SHARES)
 CURRICULUM = frozenset({"sums", "facts", "passages", "guided", "stories"})
-"""Sub-worlds whose `sample` takes `progress`, the fraction of the planned tokens already seen."""
+"""Sub-worlds whose `sample` takes `progress`: tokens seen as a fraction of those planned."""
 
 NO_CHAT = frozenset({"logs"})
 CHAT_SHARE = 0.3
@@ -48,7 +53,7 @@ def draw(world: str, rng: random.Random, split: Split = "train", progress: float
         world: One of `WORLDS`.
         rng: Source of all randomness.
         split: Only items of this split can come out.
-        progress: Place in the curriculum, 0 to 1; only `CURRICULUM` worlds look at it.
+        progress: Place in the curriculum, 0 to 1 and on; only `CURRICULUM` worlds look at it.
     """
     module = importlib.import_module(f"reftune.nano.{world}")
     if world in CURRICULUM:
@@ -108,14 +113,25 @@ def render_batch(items: Sequence[Item], chats: Sequence[bool], core: Tokenizer) 
     documents = []
     for item, chat in zip(items, chats, strict=True):
         ids, weights = [BOS_ID], [PROMPT_WEIGHT]
-        for _ in range(1 + len(item.more)):
-            prompt, answer = next(encoded).ids, [*next(encoded).ids, EOS_ID]
+        for turn in range(1 + len(item.more)):
+            prompt, spoken = next(encoded).ids, next(encoded)
+            answer = [*spoken.ids, EOS_ID]
             if item.question and chat:
                 prompt = [USER_ID, *prompt, ASSISTANT_ID]
             ids += prompt + answer
-            weights += [PROMPT_WEIGHT] * len(prompt) + [item.weight] * len(answer)
+            if item.focus:
+                weights += [0.0] * len(prompt)
+                weights += [item.weight * on for on in _focused(spoken.offsets, item.focus[turn])]
+                weights.append(0.0)
+            else:
+                weights += [PROMPT_WEIGHT] * len(prompt) + [item.weight] * len(answer)
         documents.append(Document(ids, weights, item.world))
     return documents
+
+
+def _focused(offsets: Sequence[Span], focus: Sequence[Span]) -> list[bool]:
+    """Say which tokens of ` answer` touch a part in focus; `offsets` count the space before it."""
+    return [any(a < stop + 1 and start + 1 < b for start, stop in focus) for a, b in offsets]
 
 
 @dataclass
@@ -125,23 +141,21 @@ class Mix:
     Attributes:
         core: The `backend_tokenizer`.
         seed: Seed of the stream; two processes with different seeds see different items.
-        shares: Share of tokens per sub-world.
-        late: Shares from `LATE_FROM` on; None keeps `shares`.
+        phases: Share of tokens per sub-world; the first phase names them all.
         counts: Tokens drawn so far per sub-world.
         items: Items drawn so far per sub-world (for the mean length).
     """
 
     core: Tokenizer
     seed: int = 0
-    shares: dict[str, float] = field(default_factory=lambda: dict(SHARES))
-    late: dict[str, float] | None = None
+    phases: Phases = PHASES
     counts: dict[str, int] = field(default_factory=dict)
     items: dict[str, int] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.rng = random.Random(f"mix-{self.seed}")
-        self.before: dict[str, int] | None = None
-        for world in self.shares:
+        self.phase, self.before = 0, dict(self.counts)
+        for world in self.phases[0][1]:
             self.counts.setdefault(world, 0)
             self.items.setdefault(world, 0)
 
@@ -151,25 +165,25 @@ class Mix:
             "rng": self.rng.getstate(),
             "counts": dict(self.counts),
             "items": dict(self.items),
-            "before": self.before,
+            "phase": self.phase,
+            "before": dict(self.before),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the stream exactly where `state_dict` was taken."""
         self.rng.setstate(state["rng"])
         self.counts, self.items = dict(state["counts"]), dict(state["items"])
-        self.before = state.get("before")
+        self.phase, self.before = state.get("phase", 0), dict(state.get("before") or {})
 
     def _schedule(self, number: int, progress: float) -> list[str]:
         """Choose the next sub-worlds by largest deficit, with the mean lengths seen so far."""
-        shares = self.shares
-        mean = {w: self.counts[w] / self.items[w] if self.items[w] else 60.0 for w in shares}
-        planned: dict[str, float] = dict(self.counts)
-        if self.late is not None and progress >= LATE_FROM:
+        phase = max(i for i, (start, _) in enumerate(self.phases) if progress >= start)
+        if phase != self.phase:
             # New shares hold from here on; what was drawn before is no deficit.
-            shares = self.late
-            self.before = self.before or dict(self.counts)
-            planned = {world: planned[world] - self.before[world] for world in shares}
+            self.phase, self.before = phase, dict(self.counts)
+        shares = self.phases[phase][1]
+        mean = {w: self.counts[w] / self.items[w] if self.items[w] else 60.0 for w in shares}
+        planned: dict[str, float] = {w: self.counts[w] - self.before.get(w, 0) for w in shares}
         order = []
         for _ in range(number):
             total = sum(planned.values())

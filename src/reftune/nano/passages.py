@@ -18,23 +18,22 @@ The key of a passage is its kind with its sorted facts, whatever the wording and
 from __future__ import annotations
 
 import random
-from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from reftune.nano.item import DENSE_FROM, LATE_FROM, RETELL_FROM, Item, Split
+from reftune.nano.item import DENSE_FROM, DRILLS, Item, Split
 from reftune.nano.item import split as split_of
 from reftune.nano.passages_plans import (
     Form,
+    Passage,
     Plan,
     Words,
-    ask_about,
     pick,
     plan_count,
     plan_join,
     plan_relation,
 )
+from reftune.nano.passages_turns import drill, follow_ups
 from reftune.nano.passages_words import (
-    COUNTED,
     COUNTS,
     JOINS,
     MORE_CHECKS,
@@ -59,35 +58,10 @@ two sentences were looked up: the first third had been too short for this skill.
 
 MOST_QUESTIONS = 6
 """Questions asked about one passage from `DENSE_FROM` on, at most."""
-RETELL_ASKS = ("Tell it in other words.", "Say all that again.", "What do you know?")
-"""Each sentence told again is a look-up, three times as dense as questions."""
 DENSE_WEIGHT = 3.0
 """Loss weight of their answers: three tokens among sixty."""
-
-
-@dataclass(frozen=True)
-class Passage:
-    """A passage with its question, for tasks that build their own template.
-
-    Attributes:
-        passage: One to nine sentences.
-        question: The question, with its question mark.
-        answer: Native answer (`Yes.`, `Anna.`, `In the kitchen.`).
-        gold: Short value (`yes`, `no`, `Anna`, `kitchen`); it occurs in the answer up to case.
-        kind: 1 stated, 2 denied or changed, 3 joined, 4 counted or compared.
-        form: `open` or `yes_no`.
-        key: Kind and sorted facts.
-        length: Number of sentences.
-    """
-
-    passage: str
-    question: str
-    answer: str
-    gold: str
-    kind: int
-    form: Form
-    key: tuple[str, ...]
-    length: int
+DRILL_SHARE = 0.35
+"""Share of drills among the passages after `DRILLS`; within it there is nothing else."""
 
 
 def _say(
@@ -298,11 +272,9 @@ def sample_passage(
     short = 0.0
     if is_repeat:
         short = 0.7 if progress < DENSE_FROM else 0.4
-    elif split == "train" and progress >= LATE_FROM:
+    elif split == "train" and progress >= DRILLS[0]:
         short = 0.4
     length = rng.randint(1, 3 if short and rng.random() < short else longest)
-    if split == "train" and progress >= RETELL_FROM and rng.random() < 0.7:
-        length = rng.randint(2, 4)
     plan: Plan | None = None
     attempts = 0
     while True:
@@ -346,70 +318,17 @@ def sample(
 ) -> Item:
     """Draw one item of `split`; see `sample_passage` for the options.
 
-    In training text from `DENSE_FROM` on, further questions about the passage follow.
+    In training text from `DENSE_FROM` on, further questions about the passage follow; drills stand
+    in their place from `DRILLS` on (see `passages_turns.drill`).
     """
     passage = sample_passage(rng, split, progress, kind, form)
     item = passage_item(passage)
     if split != "train" or progress is None or progress < DENSE_FROM:
         return item
+    stage = (progress - DRILLS[0]) / (DRILLS[1] - DRILLS[0])
+    if 0 <= stage < 1 or (stage >= 1 and rng.random() < DRILL_SHARE):
+        return replace(drill(rng, split, stage), weight=DENSE_WEIGHT)
     number = rng.randint(3, MOST_QUESTIONS)
-    more = list(follow_ups(rng, passage, number - 1))
-    if progress >= RETELL_FROM and rng.random() < 0.7:
-        again = retold(rng, passage)
-        if again:
-            more.insert(rng.randint(0, len(more)), (pick(rng, RETELL_ASKS), again))
-    return replace(item, more=tuple(more), weight=DENSE_WEIGHT)
-
-
-def retold(rng: random.Random, passage: Passage) -> str:
-    """Return what holds at the end of a passage, in another order and in other words."""
-    counted = _counted_word(passage)
-    facts = [(t, s, v) for t, found in _standing(passage).items() for s, (v, _) in found.items()]
-    rng.shuffle(facts)
-    return " ".join(pick(rng, RELATIONS[t].states).format(s=s, v=v, c=counted) for t, s, v in facts)
-
-
-def _counted_word(passage: Passage) -> str:
-    return next((word for word in COUNTED if word in passage.passage), COUNTED[0])
-
-
-def _standing(passage: Passage) -> dict[str, dict[str, tuple[str, str]]]:
-    """Return what holds at the end: by relation and subject the value and the value before."""
-    found: dict[str, dict[str, tuple[str, str]]] = {topic: {} for topic in RELATIONS}
-    codes = [code.split(":", 1) for code in passage.key[1:]]
-    codes = [(topic, rest) for topic, rest in codes if topic in RELATIONS]
-    for topic, rest in codes:
-        if "=" in rest:
-            subject, value = rest.split("=")
-            found[topic][subject] = (value, "")
-    for topic, rest in codes:
-        if ">" in rest:
-            subject, change = rest.split(":")
-            before, value = change.split(">")
-            found[topic][subject] = (value, before)
-    return found
-
-
-def follow_ups(rng: random.Random, passage: Passage, number: int) -> tuple[tuple[str, str], ...]:
-    """Return up to `number` further questions about a passage, with their answers.
-
-    Yes and no are equally often right; a wrong value stands elsewhere in the passage.
-    """
-    standing = _standing(passage)
-    counted = _counted_word(passage)
-    places = [(topic, s) for topic, subjects in standing.items() for s in subjects]
-    rng.shuffle(places)
-    asked: list[tuple[str, str]] = []
-    for topic, s in (places * 2)[:number]:
-        value, before = standing[topic][s]
-        values = Counter(v for v, _ in standing[topic].values())
-        others = sorted({*values, before} - {value, ""})
-        wrong = pick(rng, tuple(others)) if others and rng.random() < 0.5 else ""
-        form: Form = "yes_no" if others and rng.random() < 0.4 else "open"
-        is_only = values[value] == 1 and not any(
-            value == old for _, old in standing[topic].values()
-        )
-        turn = ask_about(rng, topic, s, value, counted, form, wrong, is_only)
-        if turn not in asked and turn[0] != passage.question:
-            asked.append(turn)
-    return tuple(asked)
+    checked, why = (0.4, 0.0) if stage < 0 else (0.5, 0.4)
+    more = follow_ups(rng, passage, number - 1, checked, why)
+    return replace(item, more=more, weight=DENSE_WEIGHT)

@@ -25,6 +25,31 @@ _RELATIONS = tuple(RELATIONS)
 _JOINS = tuple(JOINS)
 
 
+@dataclass(frozen=True)
+class Passage:
+    """A passage with its question, for tasks that build their own template.
+
+    Attributes:
+        passage: One to nine sentences.
+        question: The question, with its question mark.
+        answer: Native answer (`Yes.`, `Anna.`, `In the kitchen.`).
+        gold: Short value (`yes`, `no`, `Anna`, `kitchen`); it occurs in the answer up to case.
+        kind: 1 stated, 2 denied or changed, 3 joined, 4 counted or compared.
+        form: `open` or `yes_no`.
+        key: Kind and sorted facts.
+        length: Number of sentences.
+    """
+
+    passage: str
+    question: str
+    answer: str
+    gold: str
+    kind: int
+    form: Form
+    key: tuple[str, ...]
+    length: int
+
+
 @dataclass
 class Plan:
     """What is asked and what the answer is; chosen before any fact."""

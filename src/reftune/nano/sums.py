@@ -9,6 +9,7 @@ in an intermediate step.
 
 from __future__ import annotations
 
+import math
 import random
 from dataclasses import dataclass
 from functools import cache, lru_cache
@@ -42,7 +43,7 @@ Pairs = Literal["any", "seen", "unseen"]
 CURRICULUM: tuple[tuple[float, tuple[float, float, float, float]], ...] = (
     (0.20, (0.50, 0.45, 0.05, 0.00)),
     (0.60, (0.25, 0.40, 0.35, 0.00)),
-    (1.01, (0.10, 0.25, 0.45, 0.20)),
+    (math.inf, (0.10, 0.25, 0.45, 0.20)),
 )
 """Up to which progress, and the shares of drills, one, two and three steps among the items."""
 
@@ -291,7 +292,7 @@ def sample(rng: random.Random, split: Split = "train", progress: float = 1.0) ->
     Args:
         rng: Source of all randomness.
         split: Only items of this split are drawn.
-        progress: Share of the training done, 0 to 1; it selects the row of `CURRICULUM`.
+        progress: Share of the planned training done; it selects the row of `CURRICULUM`.
     """
     if progress >= HALF_FROM and rng.random() < HALF_SHARE:
         return item(problem(rng, split, "half"))

@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 
 from reftune.nano import forward, packing
-from reftune.nano.mix import ENCODER_SHARES, LATE_SHARES, SHARES, Document, Mix
+from reftune.nano.mix import ENCODER_PHASES, PHASES, Document, Mix
 from reftune.nano.shapes import CONTEXT, build_model
 from reftune.nano.tokenizer import MASK_ID, load_tokenizer
 
@@ -93,10 +93,9 @@ class Run:
     def __init__(self, out: Path, settings: Settings, tokenizer_dir: Path | None = None) -> None:
         self.out, self.settings = out, settings
         self.tokenizer = load_tokenizer(tokenizer_dir)
-        is_encoder = settings.model == "nano-encoder"
-        shares, late = (ENCODER_SHARES, None) if is_encoder else (SHARES, LATE_SHARES)
-        self.mix = Mix(self.tokenizer.backend_tokenizer, settings.seed, shares, late)
-        self.worlds = [*shares, "long"]
+        phases = ENCODER_PHASES if settings.model == "nano-encoder" else PHASES
+        self.mix = Mix(self.tokenizer.backend_tokenizer, settings.seed, phases)
+        self.worlds = [*phases[0][1], "long"]
         self.model = build_model(settings.model, settings.seed).train()
         tables = {id(m.weight) for m in self.model.modules() if isinstance(m, torch.nn.Embedding)}
         parameters = list(self.model.parameters())
@@ -112,8 +111,8 @@ class Run:
 
     @property
     def progress(self) -> float:
-        """Place in the curriculum, 0 to 1."""
-        return min(1.0, self.tokens / self.settings.plan)
+        """Place in the curriculum: tokens seen over tokens planned; training may go on past 1."""
+        return self.tokens / self.settings.plan
 
     def save(self) -> Path:
         """Write a checkpoint atomically; keep the newest two and one each 5 M tokens."""

@@ -16,6 +16,7 @@ REGISTRY: Registry[Objective] = Registry(
     "objective",
     {
         "sft": "reftune.objectives.sft:Sft",
+        "brep": "reftune.objectives.brep:Brep",
         "classification": "reftune.objectives.classification:Classification",
     },
 )

@@ -8,17 +8,21 @@ ask several times (preference pairs, a reference pass).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from jaxtyping import Float, Int, Real
-from torch import Tensor
+from torch import Tensor, nn
 
 from reftune.errors import RecipeError, nearest
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from reftune.config.recipe import AdapterSpec
     from reftune.model.run import Prepared, RunOutput
+    from reftune.training.encode import Encoded
 
     Run = Callable[..., RunOutput]
 
@@ -48,6 +52,10 @@ class Objective(ABC):
     the items of its batch, divided by `num_items`, the items of the whole optimiser step over all
     accumulation steps and processes. What an item is says `count`.
 
+    Everything else is optional. Before training `check` sees the adapter and `training_rows` the
+    rows; `bind` hands over the trained parameters, and `after_step` may act on them after each
+    optimiser step. Validation goes through `__call__` without gradients and sees all labels.
+
     Args:
         config: Settings, an instance of the class's `Config`; default: its defaults.
     """
@@ -58,6 +66,9 @@ class Objective(ABC):
     source: ClassVar[str] = ""
     rows: ClassVar[str] = "text"
     """Rows it trains on: `text` (prompt and target) or `class` (text and class label)."""
+    plots: ClassVar[Mapping[str, tuple[tuple[str, ...], ...]]] = {}
+    """Metrics that a run draws: name of the picture to its panels, each the metrics in it. One
+    whose name ends in `_target` is drawn as what the others are held against."""
 
     def __init__(self, config: ObjectiveConfig | None = None) -> None:
         self.config = config if config is not None else self.Config()
@@ -78,6 +89,50 @@ class Objective(ABC):
         The first token of a causal row has nothing before it and must carry no label.
         """
         return (prepared.labels != -100).sum()
+
+    def check(self, adapter: AdapterSpec) -> None:  # noqa: B027
+        """Refuse an adapter that it cannot train. Nothing has been loaded yet.
+
+        Raises:
+            RecipeError: If the adapter does not fit.
+        """
+
+    def row_limit(self, max_len: int) -> int:
+        """Return the longest row in tokens that `training_rows` takes; by default `max_len`."""
+        return max_len
+
+    def training_rows(
+        self, rows: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, max_len: int
+    ) -> list[Encoded]:
+        """Return the rows to train on, by default all as they are.
+
+        Rows may get other labels, be cut or be left out. The answer may depend on nothing but the
+        arguments and the settings: each process asks for itself, and a resumed run asks again.
+
+        Args:
+            rows: Encoded training rows, all tokens of the target labelled.
+            tokenizer: What they were encoded with.
+            max_len: Longest row in tokens that may be trained on.
+        """
+        return list(rows)
+
+    def bind(self, trained: Mapping[str, nn.Parameter], sharded: bool = False) -> None:  # noqa: B027
+        """Take the parameters that are trained.
+
+        Called before training, and again when the trainer has placed the model and loaded a
+        checkpoint: the latest call counts.
+
+        Args:
+            trained: Trained parameters by their names in the model.
+            sharded: Whether each process holds a part of each parameter only (FSDP).
+
+        Raises:
+            ReftuneError: If the objective has no use for them, or cannot act on parts.
+        """
+
+    def after_step(self) -> dict[str, float]:
+        """Act after an optimiser step, once on every process; return metrics of the step."""
+        return {}
 
     def state_dict(self) -> dict[str, Any]:
         """Return what the objective has accumulated (running statistics); saved on checkpoint."""

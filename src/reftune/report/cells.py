@@ -18,6 +18,18 @@ Rows may come from several recipes. Then a name has a place, and each place its 
 
       - {name: svamp/base, method: base}
       - {name: svamp/loreft, recipe: recipes/smoke/svamp.yaml}
+
+A row may be a point of a curve, and be tested against others on the same questions:
+
+    tested: choice_accuracy              # optional; what is tested, default the main figure
+    rows:
+      - {method: majority}               # the most frequent training label; nothing is trained
+      - {name: lora-3, line: lora, x: {epochs: 3}, set: {epochs: 3}}
+      - {name: heft-3, line: heft, x: {epochs: 3}, against: [lora-3], as_long_as: [lora]}
+
+Rows with `x` are drawn over it, and over the seconds they trained, a line for each `line`.
+`against` names rows; `as_long_as` names lines: of those that trained at least as long as this one,
+the row that trained least.
 """
 
 from __future__ import annotations
@@ -34,14 +46,28 @@ from typing import Any
 from reftune.config import loader
 from reftune.config.recipe import Recipe
 from reftune.config.shipped import find
-from reftune.errors import RecipeError, ReftuneError
-from reftune.report.model import Report, base_name
+from reftune.errors import RecipeError, ReftuneError, nearest
+from reftune.report.model import BASELINES, Report, base_name
 
 log = logging.getLogger(__name__)
 
 GRID_KEYS = ("name", "recipe", "tasks", "models", "seeds", "set", "note", "rows", "output")
+GRID_KEYS += ("tested",)
 ROW_KEYS = ("name", "method", "recipe", "set", "note", "seeds")
+ROW_KEYS += ("line", "x", "against", "as_long_as")
 BASE = "base"
+
+
+@dataclass(frozen=True)
+class Point:
+    """What a row of a grid is beside a table row: a point of a curve, and half of paired tests."""
+
+    line: str = ""
+    x: dict[str, float] = field(default_factory=dict)
+    against: tuple[str, ...] = ()
+    """Names of rows it is tested against."""
+    as_long_as: tuple[str, ...] = ()
+    """Lines of which the row is taken that trained for as long."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +79,7 @@ class Cell:
     seed: int
     recipe: Recipe
     note: str = ""
+    point: Point = field(default_factory=Point)
 
     @property
     def folder(self) -> Path:
@@ -91,6 +118,8 @@ class Grid:
     cells: list[Cell] = field(default_factory=list)
     base_rows: list[str] = field(default_factory=list)
     note: str = ""
+    tested: str = ""
+    """Metric of the paired tests; empty: the main one."""
 
     def rows(self) -> dict[str, list[Cell]]:
         """Return the cells of every row, in the order of the file."""
@@ -121,12 +150,14 @@ def read_grid(path: str | PathLike[str], output: str = "") -> Grid:
     output = output or plan.get("output", "runs/results")
     tasks = plan.get("tasks") or [None]
     models = plan.get("models") or [None]
-    grid = Grid(str(plan.get("name", path.stem)), note=plan.get("note", ""))
+    name, note, tested = plan.get("name", path.stem), plan.get("note", ""), plan.get("tested", "")
+    grid = Grid(str(name), note=note, tested=tested)
     for task in tasks:
         section = _task_name(task) if len(tasks) > 1 else grid.name
         for model in models:
             _add_cells(grid, plan, section, task, model if len(models) > 1 else None, model, output)
     _check_unique(grid, path)
+    _check_tests(grid, path)
     return grid
 
 
@@ -146,12 +177,16 @@ def _add_cells(
         for row in plan["rows"]
         if row.get("method") == BASE
     }
-    grid.base_rows += open_bases
+    grid.base_rows += [
+        f"{section}/{row.get('name', row['method'])}{ending}"
+        for row in plan["rows"]
+        if row.get("method") in BASELINES
+    ]
     shared = _settings(plan.get("set"))
     shared += [f"task={json.dumps(task)}"] if task is not None else []
     shared += [f"model={json.dumps(model)}"] if model is not None else []
     for row in plan["rows"]:
-        if row.get("method") == BASE:
+        if row.get("method") in BASELINES:
             continue
         name = f"{section}/{row.get('name', row.get('method', 'run'))}{ending}"
         changes = _method(row) + shared + _settings(row.get("set"))
@@ -164,10 +199,30 @@ def _add_cells(
             own.append(f"evaluation.compare_base={json.dumps(with_base)}")
             recipe = loader.load(source, [*changes, *own])
             note = row.get("note", grid.note)
-            grid.cells.append(Cell(name, seed, recipe, note))
+            grid.cells.append(Cell(name, seed, recipe, note, _point(row, section, ending)))
     if open_bases:
         what = f"The grid has a base row {next(iter(open_bases))} and no other row beside it."
         raise RecipeError(what, "Give rows of one place names with the same first part.")
+
+
+def _point(row: dict[str, Any], section: str, ending: str) -> Point:
+    """Return where a row stands on curves and what it is tested against.
+
+    Raises:
+        RecipeError: If a place is no number, or names are no list.
+    """
+    x = row.get("x") or {}
+    if not isinstance(x, dict) or not all(isinstance(v, int | float) for v in x.values()):
+        raise RecipeError(f"x of a row is {x!r}.", "Write numbers by name: x: {epochs: 3}.")
+    for key in ("against", "as_long_as"):
+        if not isinstance(row.get(key, []), list):
+            raise RecipeError(f"{key} of a row is {row[key]!r}.", f"Write a list: {key}: [lora].")
+    return Point(
+        line=str(row.get("line", row.get("method", ""))),
+        x={str(key): float(value) for key, value in x.items()},
+        against=tuple(f"{section}/{name}{ending}" for name in row.get("against", ())),
+        as_long_as=tuple(row.get("as_long_as", ())),
+    )
 
 
 def _method(row: dict[str, Any]) -> list[str]:
@@ -226,3 +281,21 @@ def _check_unique(grid: Grid, path: Path) -> None:
             what = f"{path} has two rows {cell.row} at seed {cell.seed}."
             raise RecipeError(what, "Give them different names with `name:`.")
         seen.add((cell.row, cell.seed))
+
+
+def _check_tests(grid: Grid, path: Path) -> None:
+    """Check that rows are tested against rows and lines that are there, of the same seeds."""
+    rows = grid.rows()
+    lines = {cells[0].point.line for cells in rows.values()}
+    for name, cells in rows.items():
+        seeds, point = [cell.seed for cell in cells], cells[0].point
+        for other in point.against:
+            if other not in rows:
+                what = f'{path}: {name} is tested against "{other}", which is no row.'
+                raise RecipeError(what, nearest(other, rows))
+            if [cell.seed for cell in rows[other]] != seeds:
+                raise RecipeError(f"{path}: {name} and {other} have other seeds.", "Give the same.")
+        for line in point.as_long_as:
+            if line not in lines:
+                what = f'{path}: {name}: there is no line "{line}".'
+                raise RecipeError(what, nearest(line, lines))

@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from os import PathLike
 from pathlib import Path
@@ -25,6 +26,7 @@ from pathlib import Path
 from reftune.errors import ReftuneError
 from reftune.report.cells import Cell, Grid, read_grid
 from reftune.report.model import Report, ResultRow
+from reftune.report.pairs import paired_rows, training_seconds
 from reftune.report.results import publish, render, rows_of
 
 log = logging.getLogger(__name__)
@@ -111,18 +113,34 @@ def grid_rows(grid: Grid, command: str) -> list[ResultRow]:
         own = f"{command} --only {name}"
         for row in rows_of(name, reports, own) if reports else []:
             row.note = cells[0].note
+            if row.name.split(":")[0] == name:
+                row.line, row.x = cells[0].point.line, _place(cells)
             found.setdefault(row.name, row)
         if len(reports) < len(cells):
             open_rows.append(_open_row(name, cells, len(reports)))
             # Some seeds only would look like a finished figure.
             found = {key: row for key, row in found.items() if key.split(":")[0] != name}
+    for row in paired_rows(grid, command):
+        found[row.name] = row
     for name in grid.base_rows:
         if name not in found:
-            open_rows.append(ResultRow(name=name, method="base", note=grid.note))
+            open_rows.append(ResultRow(name=name, method=_baseline(name), note=grid.note))
     named = {row.name: row for row in [*found.values(), *open_rows]}
     wanted = [*grid.base_rows, *grid.rows()]
     first = [named[name] for name in wanted if name in named]
     return first + [row for row in named.values() if row not in first and _wanted(row, wanted)]
+
+
+def _place(cells: Sequence[Cell]) -> dict[str, float]:
+    """Return where a row stands on the axes of pictures; seconds too, once they are known."""
+    x = cells[0].point.x
+    seconds = training_seconds(cells) if x else None
+    return x if seconds is None else {**x, "train_seconds": round(seconds, 2)}
+
+
+def _baseline(name: str) -> str:
+    """Return the method of a baseline's row: `heft/majority@nano-gpt2` is of `majority`."""
+    return name.rpartition("/")[2].partition("@")[0]
 
 
 def _wanted(row: ResultRow, names: Sequence[str]) -> bool:
@@ -208,7 +226,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ReftuneError as error:
         log.error("%s", error)
         return error.exit_code
-    whole = Grid(grid.name, grid.cells, grid.base_rows, grid.note)
+    whole = replace(grid)
     grid.cells = [cell for cell in grid.cells if _chosen(cell, arguments)]
     if not grid.cells:
         rows = ", ".join(dict.fromkeys(cell.row for cell in whole.cells))

@@ -9,7 +9,8 @@ What a file is, is told by what it holds:
 | `rows` with `value` and `bar` | `benchmarks/parity_pyreft.py --json` | one per check |
 | `rows` with measures | `benchmarks/step.py --json` | one per row and measure |
 
-Measures are the fields `seconds`, `*_bytes`, `ratio_*` and `tokens_per_second`.
+Measures are the fields `seconds`, `*_bytes`, `ratio_*` and `tokens_per_second`. A row with `line`
+and `x` is a point of a curve in the picture of its ratios.
 """
 
 from __future__ import annotations
@@ -186,6 +187,7 @@ def _measures(data: Mapping[str, Any], section: str, command: str) -> Iterator[R
                 setting=_setting(data),
                 bar=goal.get("bar", ""),
                 holds=goal.get("holds"),
+                **({"line": row["line"], "x": row["x"]} if unit == "ratio" and "x" in row else {}),
             )
             first = False
     for place in dict.fromkeys(places):

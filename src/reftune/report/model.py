@@ -36,6 +36,8 @@ class Figure(BaseModel):
     """Upper end of the 95 % interval."""
     unit: str = "share"
     """`share` (0 to 1), `seconds`, `bytes`, `tokens/s`, `ratio`, `nats` ..."""
+    error: float | None = None
+    """Standard error over rows, of shares that are no mean of right answers (AUROC)."""
 
     @property
     def has_interval(self) -> bool:
@@ -150,6 +152,10 @@ class ResultRow(BaseModel):
     """Versions it was made with."""
     note: str = ""
     """For instance `smoke figure`."""
+    line: str = ""
+    """The curve it is a point of, in pictures over `x`."""
+    x: dict[str, float] = Field(default_factory=dict)
+    """Where it stands on the axes of such pictures: `{"epochs": 3, "train_seconds": 41.5}`."""
     setting: str = ""
     """What it was measured with, for benchmarks: batch, device, threads ..."""
     bar: str = ""
@@ -180,15 +186,31 @@ class ResultRow(BaseModel):
         )
 
 
-def base_name(name: str) -> str:
-    """Return the name of the base model's row beside a row: same place, `base`, same suffix.
+BASELINES = ("base", "majority")
+"""What a run is held against and does not train: the base model, and the most frequent label."""
 
-    >>> base_name("families/loreft@nano-gpt2"), base_name("smoke/svamp/loreft")
-    ('families/base@nano-gpt2', 'smoke/svamp/base')
+
+def owner_of(figure: str) -> tuple[str, str]:
+    """Return whose figure a report holds, and what of.
+
+    >>> owner_of("base_accuracy"), owner_of("majority_accuracy"), owner_of("adapter_accuracy")
+    (('base', 'accuracy'), ('majority', 'accuracy'), ('adapter', 'accuracy'))
+    """
+    for owner in BASELINES:
+        if figure.startswith(f"{owner}_"):
+            return owner, figure.removeprefix(f"{owner}_")
+    return "adapter", figure.removeprefix("adapter_")
+
+
+def base_name(name: str, owner: str = "base") -> str:
+    """Return the name of a baseline's row beside a row: same place, its name, same suffix.
+
+    >>> base_name("families/loreft@nano-gpt2"), base_name("smoke/svamp/loreft", "majority")
+    ('families/base@nano-gpt2', 'smoke/svamp/majority')
     """
     place, _, last = name.rpartition("/")
     suffix = last[last.index("@") :] if "@" in last else ""
-    return f"{place}/base{suffix}".lstrip("/")
+    return f"{place}/{owner}{suffix}".lstrip("/")
 
 
 def read_model(model: type[Any], path: Path, remedy: str) -> Any:

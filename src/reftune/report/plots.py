@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from reftune.report.files import replacing
-from reftune.report.model import Figure, Report, ResultRow
+from reftune.report.model import BASELINES, Figure, Report, ResultRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,6 +25,10 @@ log = logging.getLogger(__name__)
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
 """Told apart by people with any colour vision (Okabe and Ito)."""
 BASE_COLOUR = "#9AA0A6"
+DODGE = 0.008
+"""Distance of lines in a picture over an axis, as a share of its length."""
+MANY = 5
+"""More lines than this have their legend beside the picture."""
 INK, FAINT = "#222222", "#D5D8DC"
 
 Points = Sequence[tuple[float, float]]
@@ -126,7 +130,7 @@ def forest(path: str | PathLike[str], rows: Sequence[ResultRow], title: str = ""
     names = [row for row in rows if row.is_open] + done
     canvas, axes = _canvas(6.4, max(1.8, 0.3 * len(names) + 1.1))
     shares = all(row.unit == "share" for row in done)
-    methods = list(dict.fromkeys(row.method for row in rows if row.method != "base"))
+    methods = list(dict.fromkeys(row.method for row in rows if row.method not in BASELINES))
     for place, row in enumerate(names):
         if row.is_open:
             continue
@@ -152,6 +156,67 @@ def forest(path: str | PathLike[str], rows: Sequence[ResultRow], title: str = ""
     return _save(canvas, path)
 
 
+def over(path: str | PathLike[str], rows: Sequence[ResultRow], axis: str, title: str = "") -> Path:
+    """Draw results over one of their places `x`: a line for each `line`, with intervals.
+
+    Baselines are dashed levels, for they have no place. An axis that spans a factor of eight is
+    logarithmic. Lines stand a little beside one another, so that intervals do not cover each other.
+    Differences get a line at zero.
+
+    Args:
+        path: A `.png`, `.svg` or `.pdf` file.
+        rows: Results of one metric and unit.
+        axis: Key of `x`, such as `epochs`.
+        title: Title.
+    """
+    canvas, axes = _canvas(6.4, 4.0)
+    done = [row for row in rows if not row.is_open]
+    names = dict.fromkeys(row.line for row in done if axis in row.x)
+    where = [row.x[axis] for row in done if axis in row.x]
+    is_wide = min(where) > 0 and max(where) >= 8 * min(where)
+    has_intervals = any(row.low is not None for row in done)
+    for index, name in enumerate(names):
+        aside = DODGE * (index - (len(names) - 1) / 2) if has_intervals else 0.0
+        points = sorted((row for row in done if row.line == name and axis in row.x), key=_at(axis))
+        step = 0.0 if is_wide else aside * (max(where) - min(where))
+        factor = (max(where) / min(where)) ** aside if is_wide else 1.0
+        places, values = [row.x[axis] * factor + step for row in points], [r.mean for r in points]
+        look = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.6, "markersize": 4}
+        ends = [(row.low, row.high) for row in points]
+        if any(end is None for pair in ends for end in pair):
+            axes.plot(places, values, "o-", label=name, **look)
+            continue
+        below = [value - low for value, (low, _) in zip(values, ends)]
+        above = [high - value for value, (_, high) in zip(values, ends)]
+        whiskers = {"capsize": 2.5, "elinewidth": 0.9}
+        axes.errorbar(places, values, [below, above], fmt="o-", label=name, **look, **whiskers)
+    levels = [row for row in done if row.method in BASELINES and not row.x]
+    for row, style in zip(levels, ("--", ":", "-.")):
+        axes.axhline(row.mean, color=BASE_COLOUR, linestyle=style, label=_row_label(row))
+    if any(row.metric.endswith("_difference") for row in done):
+        axes.axhline(0, color=INK, linewidth=0.8)
+    if is_wide:
+        _logarithmic(axes, sorted(set(where)))
+    _percent(axes.yaxis, all(row.unit == "share" for row in done))
+    axes.grid(color=FAINT, linewidth=0.7)
+    beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(names) > MANY else {}
+    axes.legend(frameon=False, fontsize=8.5, **beside)
+    _label(axes, title, axis.replace("_", " "), next(row.metric for row in done).replace("_", " "))
+    return _save(canvas, path)
+
+
+def _at(axis: str) -> Callable[[ResultRow], float]:
+    return lambda row: row.x[axis]
+
+
+def _logarithmic(axes: Axes, places: Sequence[float]) -> None:
+    """Make the axis logarithmic; few places are its ticks."""
+    axes.set_xscale("log")
+    if len(places) <= 8:
+        axes.set_xticks(places, [f"{place:g}" for place in places])
+        axes.minorticks_off()
+
+
 def plot_reports(path: str | PathLike[str], reports: Sequence[Report], title: str = "") -> Path:
     """Draw the main figure of each run beside the base model's, where the runs measured it."""
     figures: dict[str, Figure] = {}
@@ -175,6 +240,46 @@ def plot_training(path: str | PathLike[str], runs: Sequence[str | PathLike[str]]
     if not series:
         return None
     return curves(path, series, "training loss", "loss")
+
+
+def plot_metrics(
+    path: str | PathLike[str],
+    run: str | PathLike[str],
+    panels: Sequence[Sequence[str]],
+    title: str = "",
+) -> Path | None:
+    """Draw metrics of a run folder over its steps; None if it has none of them.
+
+    A metric whose name ends in `_target` is a dashed line: what the others are held against.
+
+    Args:
+        path: A `.png`, `.svg` or `.pdf` file.
+        run: The run folder.
+        panels: Names of the metrics of each panel, from top to bottom.
+        title: Title.
+    """
+    file = Path(run) / "metrics.jsonl"
+    series = [{name: read_metrics(file, name) for name in names} for names in panels]
+    series = [{name: found for name, found in part.items() if found} for part in series]
+    series = [part for part in series if part]
+    if not series:
+        return None
+    canvas, *places = _canvas(6.0, 1.0 + 1.7 * len(series), len(series))
+    for axes, part in zip(places, series):
+        for index, (name, points) in enumerate(part.items()):
+            steps, values = zip(*points)
+            is_target = name.endswith("_target")
+            look = {"color": INK, "linestyle": "--", "linewidth": 1.0}
+            plain = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.5}
+            label = name.replace("_", " ")
+            axes.plot(steps, values, label=label, **(look if is_target else plain))
+        axes.grid(color=FAINT, linewidth=0.7)
+        axes.legend(frameon=False, fontsize=8)
+    for axes in places[:-1]:
+        axes.tick_params(labelbottom=False)
+    _label(places[0], title, "", "")
+    places[-1].set_xlabel("step", color=INK)
+    return _save(canvas, path)
 
 
 def read_metrics(path: str | PathLike[str], key: str) -> list[tuple[float, float]]:
@@ -217,20 +322,22 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
     return found
 
 
-def _canvas(width: float, height: float) -> tuple[Canvas, Axes]:
+def _canvas(width: float, height: float, panels: int = 1) -> tuple[Any, ...]:
+    """Return a canvas and its axes, one below the other along one x axis."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure as MplFigure
 
     canvas = MplFigure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(canvas)
-    axes = canvas.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(BASE_COLOUR)
-    axes.tick_params(colors=INK, length=3)
-    axes.set_axisbelow(True)
-    return canvas, axes
+    places = canvas.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
+    for axes in places:
+        for side in ("top", "right"):
+            axes.spines[side].set_visible(False)
+        for side in ("left", "bottom"):
+            axes.spines[side].set_color(BASE_COLOUR)
+        axes.tick_params(colors=INK, length=3)
+        axes.set_axisbelow(True)
+    return canvas, *places
 
 
 def _save(canvas: Canvas, path: str | PathLike[str]) -> Path:

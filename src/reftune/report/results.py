@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from reftune.errors import DataError, ReftuneError
 from reftune.inference.stats import t_quantile, wilson
 from reftune.report.files import write_json_atomic, write_text_atomic
-from reftune.report.model import Figure, Report, ResultRow, base_name
+from reftune.report.model import Figure, Report, ResultRow, base_name, owner_of
 from reftune.report.page import page
 
 log = logging.getLogger(__name__)
@@ -69,24 +69,24 @@ def rows_of(name: str, reports: Sequence[Report], command: str = "") -> list[Res
     first = reports[0]
     found = first.primary()
     main = first.metric or (found[0] if found else "")
-    main = main.removeprefix("base_").removeprefix("adapter_")
+    main = owner_of(main)[1]
     rows = []
     for metric in dict.fromkeys(key for report in reports for key in report.figures):
         figures = [report.figures[metric] for report in reports if metric in report.figures]
-        is_base = metric.startswith("base_")
-        short = metric.removeprefix("base_").removeprefix("adapter_")
+        kind, short = owner_of(metric)
+        is_trained = kind == "adapter"
         primary = short == main
-        owner = base_name(name) if is_base else name
+        owner = name if is_trained else base_name(name, kind)
         rows.append(
             ResultRow(
                 name=owner if primary else f"{owner}:{short}",
-                method="base" if is_base else "+".join(first.methods),
+                method="+".join(first.methods) if is_trained else kind,
                 task=first.task,
                 model=first.model,
-                trainable=0 if is_base else first.trainable_parameters,
+                trainable=first.trainable_parameters if is_trained else 0,
                 metric=short,
                 command=command or first.command,
-                seconds=None if is_base else _seconds(reports),
+                seconds=_seconds(reports) if is_trained else None,
                 versions=first.versions,
                 **join_seeds(figures).model_dump(include=_NUMBERS),
             )
@@ -101,8 +101,9 @@ def join_seeds(figures: Sequence[Figure]) -> Figure:
     """Join the figures of several seeds into one.
 
     A share with n rows: the variance of the mean is p(1−p)/n (choice of rows, which the seeds have
-    in common) plus sd²/seeds; the Wilson interval of the number of rows with that variance is
-    given. Anything else: the t interval over seeds. A single seed keeps its own interval.
+    in common; the square of `error` where figures know it) plus sd²/seeds; the Wilson interval of
+    the number of rows with that variance is given. Anything else: the t interval over seeds. A
+    single seed keeps its own interval.
 
     >>> joined = join_seeds([Figure(mean=0.70, n=100), Figure(mean=0.80, n=100)])
     >>> round(joined.mean, 4), round(joined.sd, 4), joined.seeds
@@ -119,15 +120,18 @@ def join_seeds(figures: Sequence[Figure]) -> Figure:
     sizes = [figure.n for figure in known]
     n, unit = sizes[0], known[0].unit
     if unit == "share" and all(sizes) and min(means) >= 0 and max(means) <= 1:
-        low, high = _share_interval(mean, sd**2 / len(means), min(sizes))
+        errors = [figure.error for figure in known if figure.error is not None]
+        own = mean * (1 - mean) / min(sizes)
+        rows = math.fsum(e**2 for e in errors) / len(errors) if errors else own
+        low, high = _share_interval(mean, sd**2 / len(means), rows, min(sizes))
     else:
         half = t_quantile(0.975, len(means) - 1) * sd / math.sqrt(len(means))
         low, high = mean - half, mean + half
     return Figure(mean=mean, sd=sd, n=n, seeds=len(means), low=low, high=high, unit=unit)
 
 
-def _share_interval(mean: float, variance: float, n: int) -> tuple[float, float]:
-    rows = mean * (1 - mean) / n
+def _share_interval(mean: float, variance: float, rows: float, n: int) -> tuple[float, float]:
+    """Return Wilson's interval for the variances over seeds and over n rows."""
     if rows == 0:
         return wilson(mean * n, n)
     size = max(1, round(mean * (1 - mean) / (rows + variance)))

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
-from reftune.report.model import Figure, Report, ResultRow
+from reftune.report.model import BASELINES, Figure, Report, ResultRow, owner_of
 
 if TYPE_CHECKING:
     import rich.table
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 OPEN = "open"
 EDGE = 3
 """Blanks that a column of a table takes beside its text on the terminal."""
+DIFFERENCE = "_difference"
+"""Ending of metrics that are the difference of two rows."""
 LOWER_IS_BETTER = {"seconds", "bytes", "nats", "ratio"}
 
 
@@ -203,19 +205,20 @@ def show_share(share: float) -> str:
 
 
 def report_table(reports: Sequence[Report], title: str = "") -> Table:
-    """Compare runs: one row each, and one for the base model where a run scored it.
+    """Compare runs: one row each, and one for each baseline that a run brings.
 
     Args:
         reports: Runs. Figures `adapter_accuracy` and `base_accuracy` share a column `accuracy`.
         title: Printed above the table.
     """
-    lines: list[tuple[Report, dict[str, Figure], bool]] = []
+    lines: list[tuple[Report, dict[str, Figure], str]] = []
     for report in reports:
-        base, own = split_figures(report)
-        is_known = any(base == figures for _, figures, is_base in lines if is_base)
-        if base and not is_known:
-            lines.append((report, base, True))
-        lines.append((report, own, False))
+        split = split_figures(report)
+        for owner in BASELINES:
+            known = [figures for _, figures, kind in lines if kind == owner]
+            if owner in split and split[owner] not in known:
+                lines.append((report, split[owner], owner))
+        lines.append((report, split.get("adapter", {}), ""))
     names = list(dict.fromkeys(name for _, figures, _ in lines for name in figures))
     firsts = {name: next(f[name] for _, f, _ in lines if name in f) for name in names}
     better = [_better(name, firsts[name]) for name in names]
@@ -225,30 +228,29 @@ def report_table(reports: Sequence[Report], title: str = "") -> Table:
         title=title,
         dispensable=["share", "adapter", "training", "task", "trained"],
     )
-    for report, figures, is_base in lines:
+    for report, figures, owner in lines:
         cells = [_figure_cell(figures.get(name)) for name in names]
-        label = f"base of {report.name}" if is_base else report.name
-        method = "base" if is_base else " + ".join(report.methods)
-        costs = [Cell("")] * 4 if is_base else _costs(report)
+        label = f"{owner} of {report.name}" if owner else report.name
+        method = owner or " + ".join(report.methods)
+        costs = [Cell("")] * 4 if owner else _costs(report)
         table.add(label, method, report.task, *cells, *costs)
     return table
 
 
-def split_figures(report: Report) -> tuple[dict[str, Figure], dict[str, Figure]]:
-    """Return the figures of the base model and of what was trained, without their prefixes."""
-    base, own = {}, {}
+def split_figures(report: Report) -> dict[str, dict[str, Figure]]:
+    """Return the figures of each baseline and of the `adapter`, without their prefixes."""
+    found: dict[str, dict[str, Figure]] = {}
     for name, figure in report.figures.items():
-        if name.startswith("base_"):
-            base[name.removeprefix("base_")] = figure
-        else:
-            own[name.removeprefix("adapter_")] = figure
-    return base, own
+        owner, short = owner_of(name)
+        found.setdefault(owner, {})[short] = figure
+    return found
 
 
 def result_table(rows: Sequence[ResultRow], title: str = "") -> Table:
     """Return a table of published figures; rows of one section, open cells as `open`."""
     metric = {row.metric for row in rows if row.metric}
-    rules = {_better(row.metric, row.figure()) for row in rows if not row.is_open}
+    is_test = any(name.endswith(DIFFERENCE) for name in metric)  # the largest is no winner
+    rules = {_better(row.metric, row.figure()) for row in rows if not (row.is_open or is_test)}
     table = Table(
         columns=["name", "method", "task", "model", "metric", "value", "rows", "trained", "time"],
         best=[None] * 5 + [rules.pop() if len(rules) == 1 and len(metric) == 1 else None],

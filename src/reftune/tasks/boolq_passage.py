@@ -2,12 +2,14 @@
 
 Prompt: `Passage: {passage}\\nQuestion: {question}?\\nAnswer:`; target ` True` or ` False`. Scored
 by comparing the log-probabilities of the two, and by a leading true/false/yes/no in greedy text.
-The passage comes first, so an encoder that cuts long prompts from the left never cuts the question.
+The passage comes first and long prompts are cut from the left, into the passage: a `max_len` that
+would cut into the question is refused. `passage: false` asks the question alone, for a baseline.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 from reftune.errors import DataError
@@ -18,7 +20,10 @@ from reftune.tasks.benchmark import Benchmark
 from reftune.tasks.files import Row, place, text, value
 from reftune.tasks.sources import Hub, Rows, Source
 
-TEMPLATE = "Passage: {passage}\nQuestion: {question}?\nAnswer:"
+ASKED = "Question: {question}?\nAnswer:"
+TEMPLATE = "Passage: {passage}\n" + ASKED
+_INSTRUCTION = re.compile(r"question:\s*(.+?)\s*\n", re.DOTALL)
+"""The question in a row of LLM-Adapters, which has no passage."""
 _NOTE = "The original BoolQ files have question, passage and answer; LLM-Adapters' lack passages."
 
 
@@ -26,8 +31,19 @@ _NOTE = "The original BoolQ files have question, passage and answer; LLM-Adapter
 class Options(benchmark.Options):
     """Options of BoolQ with passage."""
 
+    passage: bool = True
+    """Whether the passage stands in the prompt; false is the question-only baseline, for which
+    LLM-Adapters' files will do too."""
     passage_words: int | None = None
-    """Keep only the last n words of a passage. Default: all of it."""
+    """Keep only the last n words of a passage, in training and scoring alike. Default: all of it;
+    training then cuts it to `max_len`."""
+
+    def __post_init__(self) -> None:
+        if self.passage_words is not None and self.passage_words < 1:
+            raise ValueError(
+                f"passage_words is {self.passage_words}. Keep at least one word, or set "
+                "`passage: false`."
+            )
 
 
 class BoolQPassage(Benchmark):
@@ -54,10 +70,17 @@ class BoolQPassage(Benchmark):
         ),
     }
 
+    def source(self, split: Split) -> Source | None:
+        """Return where a split comes from; without passages more files will do."""
+        found = super().source(split)
+        if found is None or self.options.passage:
+            return found
+        return replace(found, files=(*found.files, f"boolq_{split}", f"boolq/{split}"))
+
     def example(self, row: Row, index: int, rows: Rows, split: Split) -> Example:
         """Return a row as prompt and one of two answers."""
-        passage = text(row, "passage", rows.origin).strip()
-        question = text(row, "question", rows.origin).strip().rstrip("?").rstrip()
+        passage = text(row, "passage", rows.origin).strip() if self.options.passage else ""
+        question = self._question(row, rows.origin)
         key = "answer" if "answer" in row else "label"
         truth = _truth(value(row, key, rows.origin))
         if truth is None:
@@ -67,15 +90,26 @@ class BoolQPassage(Benchmark):
             )
         if self.options.passage_words is not None:
             passage = " ".join(passage.split()[-self.options.passage_words :])
+        asked = templates.fill(ASKED, question=question)
+        whole = templates.fill(TEMPLATE, passage=passage, question=question)
         return Example(
             id=f"{self.name}-{split}-{index}",
-            prompt=templates.fill(TEMPLATE, passage=passage, question=question),
+            prompt=whole if self.options.passage else asked,
             target=" True" if truth else " False",
             answer="true" if truth else "false",
             question=question,
             choices=(" True", " False"),
             label=0 if truth else 1,
+            meta={"keep": asked},
         )
+
+    def _question(self, row: Row, origin: str) -> str:
+        """Return the question without its mark: some rows have one, some have not."""
+        found = None
+        if not self.options.passage and "question" not in row:
+            found = _INSTRUCTION.search(text(row, "instruction", origin) + "\n")
+        question = found[1] if found else text(row, "question", origin)
+        return question.strip().rstrip("?").rstrip()
 
     def extract(self, text: str, example: Example) -> str | None:
         """Return `true` or `false` if the text starts with true, false, yes or no."""

@@ -2,7 +2,8 @@
 
 Kinds: 1 stated, 2 denied or changed later, 3 two sentences joined, 4 counted or compared. The base
 model is good at 1 and 2, weak at 3 and was never shown 4. Yes/no questions are balanced, and are
-scored by comparing ` Yes.` with ` No.` and by the leading word of greedy text.
+scored by comparing ` Yes.` with ` No.` and by the leading word of greedy text. `passage: false`
+asks the same questions without their passages, for a baseline.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ class Options(world.Options):
     """Kinds of passage, 1 to 4; several are drawn equally often."""
     form: Literal["yes_no", "open"] = "yes_no"
     """Yes/no questions, or open look-ups."""
+    passage: bool = True
+    """Whether the passage stands in the prompt; false is the question-only baseline."""
 
 
 class Passages(World):
@@ -66,8 +69,8 @@ class Passages(World):
         return [self._example(split, i, found) for i, found in enumerate(drawn)]
 
     def _example(self, split: Split, index: int, drawn: passages.Passage) -> Example:
-        question = f"{drawn.passage} {drawn.question}"
-        meta = {"kind": drawn.kind, "question": drawn.question}
+        question = f"{drawn.passage} {drawn.question}" if self.options.passage else drawn.question
+        meta = {"kind": drawn.kind, "question": drawn.question, "keep": drawn.question}
         if self.kind != "choice":
             return self.row(split, index, question, drawn.answer, drawn.gold, meta=meta)
         label = 0 if drawn.gold == "yes" else 1

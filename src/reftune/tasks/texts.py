@@ -141,6 +141,31 @@ def subject_place(tokenizer: PreTrainedTokenizerBase, text: str, subject: str, r
     return covering[0]
 
 
+def check_kept(example: Example, tokenizer: PreTrainedTokenizerBase, text: str, cut: int) -> None:
+    """Check that cutting a prompt from the left leaves the text `meta["keep"]` and what follows.
+
+    Args:
+        example: The row; without `keep` in its `meta` all may be cut.
+        tokenizer: The tokenizer.
+        text: Its prompt.
+        cut: Tokens up to which the text is cut.
+
+    Raises:
+        DataError: If it would be cut into.
+    """
+    keep = example.meta.get("keep")
+    start = text.rfind(keep) if keep and cut else -1
+    if start < 0:
+        return
+    ends = [end for _, end in _offsets(tokenizer, text)[:cut]]
+    if ends and max(ends) > start:
+        raise DataError(
+            f'Row "{example.id}" is cut to {len(_offsets(tokenizer, text)) - cut} prompt tokens, '
+            f'which would cut into "{keep[:60]}", not only into what stands before it.',
+            "Set a larger max_len.",
+        )
+
+
 def marked_tokens(
     tokenizer: PreTrainedTokenizerBase,
     text: str,

@@ -103,6 +103,27 @@ class MetricsWriter(TrainerCallback):
             self._file = None
 
 
+class ObjectiveSteps(TrainerCallback):
+    """Lets the objective act after each optimiser step, on every process.
+
+    Between the step and everything that looks at its result: log line, validation, checkpoint.
+
+    Args:
+        trainer: The trainer; it keeps what the objective measured for the log line.
+    """
+
+    def __init__(self, trainer: ReftTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Bind again: the model has been placed, and a checkpoint loaded."""
+        self.trainer.bind_objective()
+
+    def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let the objective act."""
+        self.trainer.step_metrics = self.trainer.objective.after_step()
+
+
 class KeepBest(TrainerCallback):
     """Keeps the best weights when validation rows have been scored.
 

@@ -4,39 +4,44 @@ An entry is found by what it depends on and by nothing else: token ids, the base
 those of frozen adapters, precision, attention kernel, and where the constants end. A changed
 template, base or adapter therefore misses; nothing can be stale. Two kinds of entries: keys and
 values of a prefix (rows with equal prompts share one), and the output of block l0 at a suffix.
+
+A store on disk is sealed when it holds all that a run will ask for. The seal names what that is, so
+that a resumed run finds the same entries, bit for bit, and a run on other rows or weights empties
+the folder first. Several processes may fill one folder: files appear whole, under names of content.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import shutil
-from collections.abc import Iterable
+import uuid
 from pathlib import Path
 
-import torch
+from jaxtyping import Shaped
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from reftune.errors import TrainingError
 
 log = logging.getLogger(__name__)
 
 Entry = dict[str, Tensor]
+"""Keys and values of blocks `[heads, p0, dim]`, or the states of a suffix `[S, d]`, by name."""
+SEAL = "sealed"
 
 
 class Store:
     """Entries in host memory, up to a number of bytes.
 
-    What does not fit is not kept, and nothing is thrown out for it: epochs visit all rows equally
-    often, so that any row is as good as another.
+    The first entry that does not fit closes the store. What it holds is then decided by the order
+    of the rows and the budget alone, and the same in a resumed run.
 
     Args:
         budget: Bytes all entries may take together.
     """
 
     def __init__(self, budget: float) -> None:
-        self.budget, self.nbytes = budget, 0
+        self.budget, self.nbytes, self.is_closed = budget, 0, False
         self.entries: dict[str, Entry] = {}
         self.hits = self.misses = 0
 
@@ -53,11 +58,13 @@ class Store:
         return found
 
     def put(self, key: str, entry: Entry) -> bool:
-        """Keep an entry; returns whether there was room."""
+        """Keep an entry; returns whether it is kept."""
+        if key in self:
+            return True
         size = sum(t.numel() * t.element_size() for t in entry.values())
-        if key in self or self.nbytes + size > self.budget:
-            return key in self
-        self._keep(key, entry)
+        self.is_closed = self.is_closed or self.nbytes + size > self.budget
+        if self.is_closed or not self._keep(key, entry):
+            return False
         self.nbytes += size
         return True
 
@@ -65,11 +72,12 @@ class Store:
         self.hits += found is not None
         self.misses += found is None
 
-    def _keep(self, key: str, entry: Entry) -> None:
+    def _keep(self, key: str, entry: Entry) -> bool:
         self.entries[key] = copies(entry)
+        return True
 
 
-def copies(entry: Entry) -> Entry:
+def copies(entry: dict[str, Shaped[Tensor, "_ ..."]]) -> dict[str, Shaped[Tensor, "_ ..."]]:
     """Return copies in host memory; a view would keep the whole padded batch alive."""
     return {n: t.detach().to("cpu", copy=True).contiguous() for n, t in entry.items()}
 
@@ -78,7 +86,7 @@ class DiskStore(Store):
     """Entries as files of a folder, found again by a resumed run.
 
     Args:
-        budget: Bytes all entries may take together.
+        budget: Bytes this process may write.
         folder: Where they lie; a file appears whole or not at all.
 
     Raises:
@@ -90,15 +98,37 @@ class DiskStore(Store):
         self.folder = folder
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            for left in folder.glob("*.part"):
-                left.unlink()
         except OSError as error:
             raise TrainingError(
                 f"The store of constants {folder} cannot be written: {error}.",
                 "Choose another folder, or causal: recompute.",
             ) from error
-        self.files = {file.stem: file.stat().st_size for file in folder.glob("*.safetensors")}
-        self.nbytes = sum(self.files.values())
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Look again at what lies there, other processes' files included."""
+        self.files = {file.stem for file in self.folder.glob("*.safetensors")}
+        self.is_closed = self.sealed is not None
+
+    @property
+    def sealed(self) -> str | None:
+        """What the store is complete for, or None while it is being filled."""
+        file = self.folder / SEAL
+        return file.read_text(encoding="utf-8") if file.is_file() else None
+
+    def seal(self, content: str) -> None:
+        """Say that the store holds all that fits of `content`; nothing is added from now on."""
+        part = self._part(SEAL)
+        part.write_text(content, encoding="utf-8")
+        part.replace(self.folder / SEAL)
+        self.refresh()
+
+    def empty(self) -> None:
+        """Delete what an interrupted run, or one on other rows or weights, left here."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.nbytes = 0
+        self.refresh()
 
     def __len__(self) -> int:
         return len(self.files)
@@ -116,68 +146,26 @@ class DiskStore(Store):
                 log.warning(
                     "The constants %s cannot be read (%s); they are made again.", key, error
                 )
-                del self.files[key]
+                self.files.discard(key)
         self._count(found)
         return found
 
     def _file(self, key: str) -> Path:
         return self.folder / f"{key}.safetensors"
 
-    def _keep(self, key: str, entry: Entry) -> None:
-        part = self.folder / f"{key}.part"
+    def _part(self, key: str) -> Path:
+        """Return a name no other process writes to."""
+        return self.folder / f"{key}.{uuid.uuid4().hex}.part"
+
+    def _keep(self, key: str, entry: Entry) -> bool:
+        part = self._part(key)
         try:
             save_file(copies(entry), part)
             part.replace(self._file(key))
         except Exception as error:
             part.unlink(missing_ok=True)
             log.warning("The constants %s cannot be kept: %s.", key, error)
-            self.budget = 0
-            return
-        self.files[key] = self._file(key).stat().st_size
-
-    def clear(self) -> None:
-        """Delete the folder."""
-        shutil.rmtree(self.folder, ignore_errors=True)
-
-
-def digest(*parts: object) -> str:
-    """Return a short hash of texts, numbers and bytes."""
-    hashed = hashlib.blake2b(digest_size=16)
-    for part in parts:
-        data = part if isinstance(part, bytes) else str(part).encode()
-        hashed.update(len(data).to_bytes(8, "little") + data)
-    return hashed.hexdigest()
-
-
-def fingerprint(model: nn.Module, leave_out: Iterable[nn.Module] = ()) -> str:
-    """Return a hash of everything the constants of a model depend on but the tokens.
-
-    Every bit of every weight counts (a sum of the bits of each tensor and a sample of its values).
-
-    Args:
-        model: The model, with frozen adapters.
-        leave_out: Modules whose weights do not count: the interventions.
-    """
-    own = {id(t) for m in leave_out for t in (*m.parameters(), *m.buffers())}
-    config = getattr(model, "config", None)
-    parts: list[object] = [
-        getattr(config, "_name_or_path", ""),
-        getattr(config, "_commit_hash", ""),
-        getattr(config, "_attn_implementation", ""),
-    ]
-    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-        if id(tensor) not in own:
-            parts += [name, tuple(tensor.shape), tensor.dtype, *_summary(tensor.detach())]
-    return digest(*parts)
-
-
-BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _summary(tensor: Tensor) -> tuple[object, ...]:
-    if tensor.numel() == 0 or tensor.is_meta:
-        return ()
-    flat = tensor.contiguous().flatten()
-    bits = flat.view(BITS[flat.element_size()]) if flat.element_size() in BITS else flat
-    sample = flat[:: max(1, flat.numel() // 64)]
-    return int(bits.sum(dtype=torch.int64)), sample.to(torch.float64).cpu().numpy().tobytes()
+            self.is_closed = True
+            return False
+        self.files.add(key)
+        return True

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import DataError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from reftune.config.recipe import Recipe, StageSpec
+    from reftune.objectives.base import Objective
     from reftune.tasks.base import Example, Task
+    from reftune.training.encode import Rows
 
 log = logging.getLogger(__name__)
 
@@ -25,12 +29,18 @@ class Data:
         splits: Rows of the splits that the run needs.
         kind: How they are encoded: `causal`, `classification` or `seq2seq`.
         overlap: Questions that training and scored rows share, for the report.
+        also: Task and rows of each further set that is scored, by its name.
     """
 
     task: Task
     splits: dict[str, list[Example]]
     kind: str
     overlap: dict[str, Any] = field(default_factory=dict)
+    also: dict[str, tuple[Task, list[Example]]] = field(default_factory=dict)
+
+    def scored(self, split: str) -> dict[str, tuple[Task, list[Example]]]:
+        """Return task and rows of all sets that are scored; the run's own has the name ""."""
+        return {"": (self.task, self.splits[split]), **self.also}
 
 
 def load_data(recipe: Recipe) -> Data:
@@ -56,13 +66,60 @@ def load_data(recipe: Recipe) -> Data:
             f'The task "{recipe.task.name}" has no {scored} rows to score.',
             "Give some, or set evaluation.split: none.",
         )
-    shared: dict[str, Any] = {}
-    if scored != "none":
-        found = overlap(splits["train"], splits[scored])
-        shared = {"questions": found.count, "share": found.share, "text": str(found)}
+    data = Data(task, splits, recipe.model.head)
+    if scored == "none":
+        return data
+    for name, spec in recipe.evaluation.also.items():
+        other = tasks.get(spec)
+        data.also[name] = other, other.load(scored)
+    for name, (_, rows) in data.scored(scored).items():
+        found = overlap(splits["train"], rows)
         if found.count:
-            log.warning("%s", found)
-    return Data(task, splits, recipe.model.head, shared)
+            log.warning("%s%s", f"{name}: " if name else "", found)
+        if not name:
+            shared = {"questions": found.count, "share": found.share, "text": str(found)}
+            data.overlap |= shared
+    return data
+
+
+def objective_of(stage: StageSpec) -> Objective:
+    """Return a fresh objective of a stage."""
+    from reftune import objectives
+
+    objective = objectives.get(stage.objective)
+    return objective(objective.config_from(stage.objective_options))
+
+
+def training_rows(
+    objective: Objective,
+    stage: StageSpec,
+    examples: Sequence[Example],
+    tokenizer: PreTrainedTokenizerBase,
+    kind: str,
+    context: int | None = None,
+) -> Rows:
+    """Encode the rows of a stage and let its objective change them.
+
+    Args:
+        objective: The objective of the stage.
+        stage: The stage.
+        examples: Training examples.
+        tokenizer: The tokenizer of the base model.
+        kind: See `reftune.training.encode.encode`.
+        context: Tokens the model can see, if it sets a limit.
+
+    Raises:
+        DataError: If rows cannot be encoded, or none is left.
+    """
+    from reftune.training.encode import encode_all
+
+    limit = objective.row_limit(stage.max_len)
+    rows = encode_all(examples, tokenizer, limit, kind=kind, context=context)
+    changed = objective.training_rows(rows.rows, tokenizer, stage.max_len)
+    if not changed:
+        what = f'The objective "{stage.objective}" leaves none of {len(rows)} rows to train on.'
+        raise DataError(what, "Change its settings, or the data.")
+    return replace(rows, rows=changed)
 
 
 def holds_out(recipe: Recipe, task: Task) -> bool:

@@ -16,6 +16,7 @@ from reftune.errors import DataError
 from reftune.tasks.texts import (
     EmptyTargetError,
     Frame,
+    check_kept,
     empty_target,
     fixed_len,
     frame,
@@ -81,6 +82,12 @@ class Encoded:
     def __len__(self) -> int:
         return len(self.input_ids)
 
+    @property
+    def learned(self) -> int:
+        """Tokens with a label."""
+        labels = self.labels if self.decoder_labels is None else self.decoder_labels
+        return sum(label != IGNORE for label in labels)
+
 
 @dataclass
 class Rows:
@@ -137,7 +144,7 @@ def encode(
     Args:
         example: The example. With `messages`, the chat template renders prompt and target; with
             `meta["subject"]`, the place of that text in the prompt is noted, with `meta["mask"]`
-            the tokens of the marked pieces.
+            the tokens of the marked pieces; the prompt is not cut into `meta["keep"]`.
         tokenizer: The tokenizer of the base model.
         max_len: Longest row in tokens.
         kind: `causal`, `classification` (text and class label) or `seq2seq`.
@@ -167,6 +174,7 @@ def encode(
         )
     cut = max(0, len(prompt_ids) - room)
     fixed = fixed_len(tokenizer, lead, prompt_ids)
+    check_kept(example, tokenizer, prompt, fixed - len(lead) + cut if cut else 0)
     head = [*lead, *prompt_ids]
     head = head[:fixed] + head[fixed + cut :]
     subject, mask = _placed(example, told, len(lead), fixed, cut)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from reftune.config.options import PLAIN
@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from reftune.inference.evaluate import Evaluation
+    from reftune.tasks.base import Example, Task
     from reftune.training.stages import Run
 
 log = logging.getLogger(__name__)
@@ -28,15 +29,17 @@ def conclude(run: Run) -> Report:
     if shards(run.model):
         log.warning("sharded by FSDP2: not scored here. Run: reftune eval %s", run.folder.path)
     elif run.recipe.evaluation.split != "none":
-        after, before = _evaluations(run)
-        seconds = after.seconds + (before.seconds if before else 0.0)
-        for name, figure in after.figures.items():
-            figures[f"adapter_{name}"] = figure
-            if before is not None and name in before.figures:
-                figures[f"base_{name}"] = before.figures[name]
-        extra |= _save_predictions(run, after, before)
-        if after.prompts_cut:
-            extra["prompts_cut"] = after.prompts_cut
+        scored = _evaluations(run)
+        for one in scored:
+            seconds += one.after.seconds + (one.before.seconds if one.before else 0.0)
+            figures |= one.figures()
+            _save_predictions(run, one)
+        figures |= _majority(run)
+        tests = {one.name: test for one in scored if (test := one.test())}
+        extra |= {"adapter_minus_base": tests.pop("")} if "" in tests else {}
+        extra |= {"adapter_minus_base_on": tests} if tests else {}
+        cut = sum(one.after.prompts_cut for one in scored)
+        extra |= {"prompts_cut": cut} if cut else {}
     report = _report(run, figures, seconds, extra)
     _write_card(run, report)
     _plots(run, report)
@@ -45,17 +48,83 @@ def conclude(run: Run) -> Report:
     return report
 
 
-def _evaluations(run: Run) -> tuple[Evaluation, Evaluation | None]:
-    """Score the trained model, then the base model on the same rows."""
-    after = _evaluate(run, run.model, "adapter")
+@dataclass
+class Scored:
+    """What was found on one set of rows.
+
+    Attributes:
+        name: Name of the set in `evaluation.also`; empty for the run's own.
+        after: The trained model's answers.
+        before: The base model's, if they were asked for.
+    """
+
+    name: str
+    after: Evaluation
+    before: Evaluation | None = None
+
+    @property
+    def place(self) -> str:
+        """What names of figures and files end in."""
+        return f"_on_{self.name}" if self.name else ""
+
+    def figures(self) -> dict[str, Figure]:
+        """Return figures by their names in the report: all of the run's own set, else the main."""
+        found: dict[str, Figure] = {}
+        for name, figure in self.after.figures.items():
+            if self.name and name != self.after.metric:
+                continue
+            found[f"adapter_{name}{self.place}"] = figure
+            if self.before is not None and name in self.before.figures:
+                found[f"base_{name}{self.place}"] = self.before.figures[name]
+        return found
+
+    def test(self) -> dict[str, float] | None:
+        """Return the paired test of adapter against base on the main metric, if there is one."""
+        from reftune.inference.predictions import compare
+
+        metric = self.after.metric
+        if self.before is None or not all(metric in p.scores for p in self.after.predictions):
+            return None  # a metric over the whole set, such as MCC, has no value per row
+        found = compare(self.after, self.before, metric)
+        return {name: getattr(found, name) for name in ("difference", "low", "high", "p_value")}
+
+
+def _evaluations(run: Run) -> list[Scored]:
+    """Score the trained model, then the base model, on every set of rows."""
+    found = [Scored(name, _evaluate(run, run.model, "adapter", name)) for name in _sets(run)]
     if not run.recipe.evaluation.compare_base:
-        return after, None
+        return found
     if run.data.kind == "classification":
         log.info("the base model has no trained class head: not compared")
-        return after, None
+        return found
     model, adapters_off = _base(run)
     with adapters_off:
-        return after, _evaluate(run, model, "base")
+        for one in found:
+            one.before = _evaluate(run, model, "base", one.name)
+    return found
+
+
+def _majority(run: Run) -> dict[str, Figure]:
+    """Score the most frequent training label on the run's own rows, where all share their choices.
+
+    No model is asked: a system that stays below it has learned less than how often each answer is.
+    """
+    from reftune.inference.predictions import gold_choice
+    from reftune.intervals import wilson
+    from reftune.tasks.metrics import majority
+
+    task, examples = _sets(run)[""]
+    trained = run.data.splits["train"]
+    if task.kind != "choice" or len({e.choices for e in (*trained, *examples)}) != 1:
+        return {}
+    right = majority([*map(gold_choice, trained)], [*map(gold_choice, examples)])
+    low, high = wilson(sum(right), len(right))
+    figure = Figure(mean=sum(right) / len(right), n=len(right), low=low, high=high)
+    return {f"majority_{name}": figure for name in (task.metric, "choice_accuracy")}
+
+
+def _sets(run: Run) -> dict[str, tuple[Task, list[Example]]]:
+    return run.data.scored(run.recipe.evaluation.split)
 
 
 def _base(run: Run) -> tuple[nn.Module, AbstractContextManager[Any]]:
@@ -69,38 +138,29 @@ def _base(run: Run) -> tuple[nn.Module, AbstractContextManager[Any]]:
     return run.model, off(run.model)
 
 
-def _evaluate(run: Run, model: nn.Module, what: str) -> Evaluation:
+def _evaluate(run: Run, model: nn.Module, what: str, name: str) -> Evaluation:
     from reftune.inference.evaluate import evaluate
     from reftune.training.progress import Counting
 
-    spec = run.recipe.evaluation
-    examples = run.data.splits[spec.split]
-    with Counting(f"evaluate {what}") as counting:
+    task, examples = _sets(run)[name]
+    with Counting(f"evaluate {what} {name}".rstrip()) as counting:
         return evaluate(
             model,
             run.tokenizer,
-            run.data.task,
+            task,
             examples,
-            spec,
+            run.recipe.evaluation,
             seed=run.recipe.seed,
             max_len=run.recipe.stages[-1].max_len,
             progress=counting if run.progress else None,
         )
 
 
-def _save_predictions(run: Run, after: Evaluation, before: Evaluation | None) -> dict[str, Any]:
-    """Write predictions; return the paired test of adapter against base, if there is one."""
-    from reftune.inference.predictions import compare
-
-    after.save(run.folder.path / "predictions.jsonl")
-    if before is None:
-        return {}
-    before.save(run.folder.path / "predictions_base.jsonl")
-    if not all(run.data.task.metric in p.scores for p in after.predictions):
-        return {}  # a metric over the whole set, such as MCC, has no value per row
-    test = compare(after, before, run.data.task.metric)
-    names = ("difference", "low", "high", "p_value")
-    return {"adapter_minus_base": {name: getattr(test, name) for name in names}}
+def _save_predictions(run: Run, one: Scored) -> None:
+    """Write the answers on one set of rows."""
+    one.after.save(run.folder.path / f"predictions{one.place}.jsonl")
+    if one.before is not None:
+        one.before.save(run.folder.path / f"predictions_base{one.place}.jsonl")
 
 
 def _write_card(run: Run, report: Report) -> None:
@@ -157,10 +217,13 @@ def _trained(run: Run) -> int:
     """Count what the stages trained: an adapter that several trained counts once."""
     from reftune.training.stages import continues
 
-    stages = run.folder.stages
-    counts = [
-        s["trainable_parameters"] for i, s in enumerate(stages) if not continues(run.recipe, i)
-    ]
+    counts: list[int] = []
+    for index, stage in enumerate(run.folder.stages):
+        if run.recipe.stages[index].below == "trained":
+            counts = []  # its own count holds those below
+        elif continues(run.recipe, index):
+            continue
+        counts.append(stage["trainable_parameters"])
     is_plain = any(stage.adapter.method in PLAIN for stage in run.recipe.stages)
     return max(counts) if is_plain else sum(counts)
 
@@ -171,11 +234,13 @@ def markdown(report: Report) -> str:
 
     lines = [f"# {report.name}", "", report_table([report]).to_markdown(), ""]
     extra = report.model_extra or {}
-    test = extra.get("adapter_minus_base")
-    if test:
+    own = extra.get("adapter_minus_base")
+    tests = {"": own} if own else {}
+    tests |= {f" on {name}": test for name, test in extra.get("adapter_minus_base_on", {}).items()}
+    for place, test in tests.items():
         lines += [
-            f"Adapter minus base: {test['difference']:+.3f} (95 % interval {test['low']:+.3f} to "
-            f"{test['high']:+.3f}, p = {test['p_value']:.2g}, same rows).",
+            f"Adapter minus base{place}: {test['difference']:+.3f} (95 % interval "
+            f"{test['low']:+.3f} to {test['high']:+.3f}, p = {test['p_value']:.2g}, same rows).",
             "",
         ]
     if extra.get("overlap"):
@@ -198,9 +263,13 @@ def markdown(report: Report) -> str:
 
 
 def _plots(run: Run, report: Report) -> None:
-    from reftune.report.plots import plot_reports, plot_training
+    from reftune import objectives
+    from reftune.report.plots import plot_metrics, plot_reports, plot_training
 
     folder = run.folder.path / "plots"
     plot_training(folder / "loss.png", [run.folder.path])
+    for name in dict.fromkeys(stage.objective for stage in run.recipe.stages):
+        for picture, panels in objectives.get(name).plots.items():
+            plot_metrics(folder / f"{picture}.png", run.folder.path, panels, f"{name}: {picture}")
     if report.primary() is not None:
         plot_reports(folder / "figures.png", [report], report.task)

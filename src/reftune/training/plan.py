@@ -2,25 +2,28 @@
 
 `recompute` pays if the prefix of the median row has at least 16 tokens and a quarter of the row;
 `store` if, besides, every example is used three times or more and all constants fit into half of
-the free memory. `store` also pays without a prefix where blocks can be left out.
+the free memory (or disk). `store` also pays without a prefix where blocks can be left out.
 """
 
 from __future__ import annotations
 
+import json
+import shutil
 import statistics
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
 
 from reftune.errors import TrainingError
-from reftune.model import causal
-from reftune.model.lookup import sites
-from reftune.model.obstacles import obstacle, start_obstacle
+from reftune.model import cutting
+from reftune.model.lookup import blocks_of, placed
+from reftune.model.obstacles import model_obstacle, obstacle, start_obstacle
 from reftune.model.sites import base_of
+from reftune.report.files import write_json_atomic
 
 if TYPE_CHECKING:
     from reftune.model.run import Prepared
@@ -30,6 +33,47 @@ Mode = Literal["auto", "off", "recompute", "store"]
 LEAST_PREFIX, LEAST_SHARE, LEAST_USES, MEMORY_SHARE = 16, 0.25, 3, 0.5
 SAMPLE = 256
 """Rows a plan looks at."""
+PLAN_FILE = "causal.json"
+"""File of a checkpoint that says what was decided."""
+UNCUT = "rows are packed, have holes, carry further inputs or are too long for fixed rotary angles"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a recipe says about causal caching.
+
+    Attributes:
+        mode: `auto`, `off`, `recompute` or `store`.
+        uses: How often each row is used: epochs x samples a prompt.
+        budget: Bytes for the store; None: half of what is free.
+        folder: Keep the store on disk, here.
+        before: Mode that an interrupted run had; the resumed one goes on with it.
+    """
+
+    mode: Mode = "auto"
+    uses: float = 1
+    budget: float | None = None
+    folder: Path | None = None
+    before: str | None = None
+
+    def resumed(self, checkpoint: str | bool | None) -> Settings:
+        """Return settings that go on as a checkpoint's run did: free memory may have changed."""
+        file = Path(checkpoint) / PLAN_FILE if isinstance(checkpoint, str) else None
+        if file is None or not file.is_file():
+            return self
+        found = json.loads(file.read_text(encoding="utf-8"))
+        return replace(self, before=found["mode"], budget=found["budget"])
+
+    def room(self) -> float:
+        """Return the bytes that all constants may take."""
+        if self.budget is not None:
+            return self.budget
+        if self.folder is None:
+            return MEMORY_SHARE * free_memory()
+        there = self.folder.expanduser().absolute()
+        while not there.exists():
+            there = there.parent
+        return MEMORY_SHARE * shutil.disk_usage(there).free
 
 
 @dataclass
@@ -39,19 +83,22 @@ class Plan:
     Attributes:
         mode: `off`, `recompute` or `store`.
         why: Reason in words.
-        l0: Last block whose output no edit has touched; -1: none.
+        first_layer: First edited layer; None: not known.
+        l0: Last block whose output no edit has touched; -1: there is none.
         num_blocks: Blocks of the model.
         p0: First token of the suffix, median over rows.
         length: Tokens of a row, median.
         constant_share: Share of all tokens that stand before the suffix.
         start: Whether stored runs leave out the blocks up to l0.
-        nbytes: Bytes of all constants, estimated.
+        nbytes: Bytes of all constants if they are stored, estimated.
+        budget: Bytes they may take.
         cost: Arithmetic of a step over that without caching, head left out, estimated.
         dead: Edited places that never get a gradient, as words; empty if none.
     """
 
     mode: str
     why: str
+    first_layer: int | None = None
     l0: int = -1
     num_blocks: int = 0
     p0: float = 0
@@ -59,8 +106,18 @@ class Plan:
     constant_share: float = 0.0
     start: bool = False
     nbytes: float = 0
+    budget: float = 0
     cost: float = 1.0
     dead: str = ""
+
+    @property
+    def speed_up(self) -> float:
+        """Expected speed-up of a step, by arithmetic."""
+        return 1.0 / max(self.cost, 1e-9)
+
+    def write(self, folder: Path) -> None:
+        """Write the plan into a checkpoint."""
+        write_json_atomic(folder / PLAN_FILE, asdict(self))
 
     def line(self) -> str:
         """Return the plan as one line of a log."""
@@ -73,82 +130,128 @@ class Plan:
             f"constant{blocks}{memory}; a step needs about {self.cost:.2f} of the arithmetic"
         )
 
+    def figures(self) -> dict[str, Any]:
+        """Return what there is to know before a run, as values: bytes, tokens from 0."""
+        return {
+            "mode": self.mode,
+            "why": self.why,
+            "first_layer": self.first_layer,
+            "first_token": self.p0,
+            "median_tokens": self.length,
+            "constant_share": self.constant_share,
+            "constant_blocks": self.l0 + 1,
+            "store_bytes": self.nbytes,
+            "store_budget": self.budget,
+            "speed_up": self.speed_up,
+            "dead": self.dead,
+            "text": self.line(),
+        }
+
+    def facts(self) -> dict[str, str]:
+        """Return the same as names and texts."""
+        found = {"mode": f"{self.mode} ({self.why})"}
+        if not self.length:
+            return found
+        blocks = f"; blocks 0 to {self.l0} are constant" if self.l0 >= 0 else ""
+        speed = "none" if self.mode == "off" else f"about {self.speed_up:.3g} times a step"
+        return found | {
+            "first layer": f"{self.first_layer} of {self.num_blocks}, counted from 0{blocks}",
+            "first token": f"{self.p0:g} of {self.length:g} (median row), counted from 0",
+            "constant": f"{self.constant_share:.0%} of the tokens",
+            "store": f"{size_text(self.nbytes)} for all rows, of {size_text(self.budget)} allowed",
+            "speed-up": f"{speed}, by arithmetic",
+            "dead": self.dead or "no edit is without a gradient",
+        }
+
 
 def make_plan(
     model: nn.Module,
     batches: Iterable[Prepared],
-    mode: Mode = "auto",
-    uses: float = 1,
+    settings: Settings | None = None,
     num_rows: int | None = None,
-    budget: float | None = None,
+    refusal: str | None = None,
 ) -> Plan:
     """Decide how a model is trained on rows like these.
 
     Args:
         model: The model in the state in which it will be trained.
         batches: A sample of the rows.
-        mode: What the recipe asks for.
-        uses: How often each row is used: epochs x samples a prompt.
+        settings: What the recipe asks for; default `auto`.
         num_rows: Rows of the whole data; default those of the sample.
-        budget: Bytes for the store; default half of the free memory.
+        refusal: What else rules caching out.
 
     Raises:
         TrainingError: If `recompute` or `store` is asked for where it would be wrong.
     """
-    if mode == "off":
-        return Plan("off", "as the recipe says")
-    reason = obstacle(model)
-    if reason is not None:
-        return _refused(mode, reason)
-    cuts = [(causal.cut(model, batch), batch) for batch in batches]
-    if not cuts or any(where is None or batch.extra for where, batch in cuts):
-        return _refused(mode, "rows are packed, have holes or carry further inputs")
-    p0 = torch.cat([where.p0 for where, _ in cuts]).tolist()
-    lengths = torch.cat([where.length for where, _ in cuts]).tolist()
-    blocks = causal.blocks_of(model).modules
+    settings = settings or Settings()
+    refusal = refusal or obstacle(model)
+    found = Plan("off", "")
+    if placed(model) and model_obstacle(model) is None:
+        found, uncut = _measure(model, list(batches), num_rows)
+        refusal = refusal or uncut
+    found.budget = settings.room()
+    if refusal is not None and settings.mode in ("recompute", "store"):
+        raise TrainingError(
+            f"causal: {settings.mode} is not possible: {refusal}.", "Set causal: auto or off."
+        )
+    if settings.mode == "off" or refusal is not None:
+        why = "as the recipe says" if settings.mode == "off" else str(refusal)
+        return replace(found, why=why, start=False)
+    return _choose(found, settings)
+
+
+def _measure(
+    model: nn.Module, batches: list[Prepared], num_rows: int | None
+) -> tuple[Plan, str | None]:
+    """Return what is constant in a sample of rows, and what is in the way of using it."""
+    cuts = [(cutting.cut(model, batch), batch) for batch in batches if batch.labels.dim() == 2]
+    good = [(where, batch) for where, batch in cuts if where is not None and not batch.extra]
+    if not good or len(good) < len(batches):
+        return Plan("off", ""), UNCUT
+    p0 = torch.cat([where.p0 for where, _ in good]).tolist()
+    lengths = torch.cat([where.length for where, _ in good]).tolist()
     found = Plan(
         "off",
         "",
-        l0=cuts[0][0].l0,
-        num_blocks=len(blocks),
+        first_layer=min((s.layer for s in placed(model) if cutting.active(s)), default=None),
+        l0=good[0][0].l0,
+        num_blocks=len(blocks_of(model).modules),
         p0=statistics.median(p0),
         length=statistics.median(lengths),
         constant_share=sum(p0) / sum(lengths),
-        dead=_dead(model, cuts),
+        dead=_dead(model, [where for where, _ in good]),
     )
     found.start = found.l0 >= 1 and start_obstacle(model) is None
     scale = (num_rows or len(p0)) / len(p0)
     found.nbytes = scale * _bytes(model, p0, lengths, found)
-    return _choose(found, mode, uses, budget)
+    return found, None
 
 
-def _refused(mode: Mode, reason: str) -> Plan:
-    if mode != "auto":
-        raise TrainingError(
-            f"causal: {mode} is not possible: {reason}.", "Set causal: auto or off."
-        )
-    return Plan("off", reason)
-
-
-def _choose(found: Plan, mode: Mode, uses: float, budget: float | None) -> Plan:
+def _choose(found: Plan, settings: Settings) -> Plan:
     is_long = found.p0 >= max(LEAST_PREFIX, LEAST_SHARE * found.length)
-    budget = MEMORY_SHARE * free_memory() if budget is None else budget
-    fits = found.nbytes <= budget
-    if mode == "auto":
+    fits = found.nbytes <= found.budget
+    mode, why, uses = settings.mode, "as the recipe says", settings.uses
+    if settings.before is not None:
+        mode, why = settings.before, "as before the interruption"
+    elif mode == "auto":
         if uses >= LEAST_USES and fits and (is_long or found.start):
             mode, why = "store", f"every row is used {uses:g} times"
         elif is_long:
             mode, why = "recompute", "rows are used too seldom to store them"
             if uses >= LEAST_USES:
-                why = f"{size_text(found.nbytes)} of constants do not fit into {size_text(budget)}"
+                room = size_text(found.budget)
+                why = f"{size_text(found.nbytes)} of constants do not fit into {room}"
         elif found.p0 < LEAST_PREFIX:
             mode, why = "off", f"the first edit or label stands at token {found.p0:g}"
         else:
             mode, why = "off", f"only {found.constant_share:.0%} of the tokens are constant"
-    else:
-        why = "as the recipe says"
-    found.start = found.start and mode == "store"
-    return replace(found, mode=mode, why=why, cost=_cost(found, mode))
+    return with_mode(found, mode, why)
+
+
+def with_mode(found: Plan, mode: str, why: str) -> Plan:
+    """Return a plan with another mode, and what it then costs."""
+    start = found.start and mode == "store"
+    return replace(found, mode=mode, why=why, start=start, cost=_cost(found, mode))
 
 
 def _cost(plan: Plan, mode: str) -> float:
@@ -158,7 +261,8 @@ def _cost(plan: Plan, mode: str) -> float:
     if mode == "recompute":
         return (p0 * n + (total - p0) * (2 * n - 1 - l0)) / whole
     if mode == "store":
-        rest = 2 * (n - 1 - l0) if plan.start else 2 * n - 1 - l0
+        # Above the last block nothing is left but the edit and the head.
+        rest = max(1, 2 * (n - 1 - l0)) if plan.start else 2 * n - 1 - l0
         return (total - p0) * rest / whole
     return 1.0
 
@@ -169,10 +273,10 @@ def _bytes(model: nn.Module, p0: Sequence[float], lengths: Sequence[float], plan
     base = base_of(model)
     config = base.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
-    width = causal.blocks_of(model).dim
+    width = blocks_of(model).dim
     head = getattr(config, "head_dim", None) or width // heads
     kv_heads = getattr(config, "num_key_value_heads", None) or heads
-    size = next(base.parameters()).element_size()
+    size = base.dtype.itemsize  # of what is computed; quantised weights are smaller
     if torch.is_autocast_enabled(base.device.type):
         size = 2
     kept = plan.num_blocks - (plan.l0 + 1 if plan.start else 0)
@@ -182,18 +286,15 @@ def _bytes(model: nn.Module, p0: Sequence[float], lengths: Sequence[float], plan
     return total * size
 
 
-def _dead(model: nn.Module, cuts: list[tuple[causal.Cut, Prepared]]) -> str:
+def _dead(model: nn.Module, cuts: list[cutting.Cut]) -> str:
     """Say which edits of the last block can never be trained: those off the label columns."""
-    last = len(causal.blocks_of(model).modules) - 1
-    on_top = [s for s in sites(model) if s.outer and s.layer == last and causal.active(s)]
+    last = len(blocks_of(model).modules) - 1
+    on_top = [s for s in placed(model) if s.outer and s.layer == last and cutting.active(s)]
     if not on_top:
         return ""
-    edited = useful = 0
-    for where, batch in cuts:
-        predicts = (batch.labels != causal.IGNORE).roll(-1, 1)
-        edited += int(where.edited.sum())
-        useful += int((where.edited & predicts).sum())
-    if not edited or useful == edited:
+    edited = sum(int(where.edited.sum()) for where in cuts)
+    useful = sum(int((where.edited & where.predicts).sum()) for where in cuts)
+    if useful == edited:
         return ""
     return (
         f"{edited - useful} of {edited} edits of the last block (layer {last}) are on tokens that "

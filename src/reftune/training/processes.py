@@ -22,9 +22,36 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def local_world_size() -> int:
+    """Return the number of processes on this machine."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Return the number of this process, from 0."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def agreed(value: Any) -> Any:
+    """Return the main process's value in every process. All must call it."""
+    if world_size() == 1:
+        return value
+    from accelerate.utils import broadcast_object_list
+
+    return broadcast_object_list([value])[0]
+
+
+def together() -> None:
+    """Wait until every process has got here."""
+    if world_size() > 1:
+        from accelerate.utils import wait_for_everyone
+
+        wait_for_everyone()
+
+
 def is_main_process() -> bool:
     """Return whether this process writes files and prints."""
-    return int(os.environ.get("RANK", "0")) == 0
+    return rank() == 0
 
 
 def leave_at_exit() -> None:

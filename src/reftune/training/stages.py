@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,13 +16,21 @@ from reftune.config.options import PLAIN
 from reftune.config.recipe import Recipe, StageSpec
 from reftune.errors import RecipeError
 from reftune.report.model import Report
-from reftune.training.data import Data, count_labels, load_data, validates
+from reftune.training.data import (
+    Data,
+    count_labels,
+    load_data,
+    objective_of,
+    training_rows,
+    validates,
+)
 from reftune.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedTokenizerBase
 
+    from reftune.objectives.base import Objective
     from reftune.training.causal import Settings
     from reftune.training.encode import Rows
     from reftune.training.plan import Plan
@@ -108,9 +116,9 @@ def plans(recipe: Recipe, model: str | None = None) -> list[Plan]:
         recipe: The recipe.
         model: Another base model than the recipe's.
     """
+    from reftune.model.below import set_below, still
     from reftune.model.build import apply_adapter
     from reftune.training.collate import Collator, prepare
-    from reftune.training.encode import encode_all
     from reftune.training.plan import SAMPLE, make_plan
 
     if model is not None:
@@ -122,14 +130,15 @@ def plans(recipe: Recipe, model: str | None = None) -> list[Plan]:
     for index, stage in enumerate(recipe.stages):
         if not continues(recipe, index):
             base = apply_adapter(base, stage.adapter, recipe.seed)
-        rows = encode_all(data.splits["train"], tokenizer, stage.max_len, kind=data.kind)
+        set_below(base, trained=stage.below == "trained")
+        rows = training_rows(objective_of(stage), stage, data.splits["train"], tokenizer, data.kind)
         batches = [
             prepare(collate(rows.rows[start : start + 16]))
             for start in range(0, min(SAMPLE, len(rows)), 16)
         ]
-        wanted = causal_settings(stage, len(rows), None)
-        plan = make_plan(base.train(), batches, wanted.mode, wanted.uses, len(rows), wanted.budget)
-        found.append(plan)
+        wanted = causal_settings(stage, len(rows), Path(recipe.output))
+        with still(base):
+            found.append(make_plan(base.train(), batches, wanted, len(rows)))
     return found
 
 
@@ -152,7 +161,8 @@ def check(recipe: Recipe) -> Recipe:
 
     Raises:
         RecipeError: If there are faults, a tracker is not installed, the rows of a step cannot be
-            shared among the processes, or `model.adapter` holds an adapter of a stage's name.
+            shared among the processes, an objective cannot train its adapter, or `model.adapter`
+            holds an adapter of a stage's name.
     """
     from reftune.config.loader import checked
     from reftune.training.arguments import Split, check_trackers
@@ -162,6 +172,7 @@ def check(recipe: Recipe) -> Recipe:
     check_trackers(recipe.track)
     for stage in recipe.stages:
         Split.of(stage, world_size())
+        objective_of(stage).check(stage.adapter)
     index = doubled(recipe, _below(recipe))
     if index is not None:
         raise RecipeError(
@@ -281,29 +292,19 @@ def _restore_stage(run: Run, index: int) -> None:
 
 
 def _train_stage(run: Run, index: int) -> None:
+    from reftune.model.below import set_below
     from reftune.model.build import apply_adapter, trainable_summary
-    from reftune.training.backward import set_checkpointing
-    from reftune.training.callbacks import MetricsWriter, place_events
     from reftune.training.processes import gathered, is_main_process
 
     recipe, stage = run.recipe, run.recipe.stages[index]
     if not continues(recipe, index):
         run.model = apply_adapter(run.model, stage.adapter, recipe.seed)
-    rows = _encode(run, stage)
+    set_below(run.model, trained=stage.below == "trained")
+    objective = objective_of(stage)
+    rows = _encode(run, stage, objective)
     if is_main_process():
         run.folder.check_rows(index, rows["train"].digest())
-    writer = MetricsWriter(run.folder.metrics, index + 1)
-    trainer = _trainer(run, index, rows, writer)
-    place_events(trainer.callback_handler.callbacks, run.folder.tensorboard(index))
-    if stage.gradient_checkpointing:
-        set_checkpointing(run.model, True)
-    try:
-        result = trainer.train(resume_from_checkpoint=True)
-    finally:
-        for callback in trainer.callback_handler.callbacks:
-            getattr(callback, "close", lambda: None)()
-        if stage.gradient_checkpointing:
-            set_checkpointing(run.model, False)
+    facts = _fit(run, index, objective, rows) if stage.epochs else UNTRAINED
     with gathered(run.model, everything=stage.adapter.method in PLAIN):
         path = _save(run, index) if is_main_process() else None
     if path is None:
@@ -318,43 +319,84 @@ def _train_stage(run: Run, index: int) -> None:
             "trainable_parameters": summary.trainable,
             "trainable_fraction": summary.trainable / max(1, run.base_parameters),
             "adapter_bytes": _bytes(path),
-            "steps": result.global_step,
-            "causal": trainer.plan.mode if trainer.plan else "off",
-            "train_seconds": writer.seconds,
-            "validation_loss": _last_validation(trainer),
+            **facts,
             "data": {name: split.summary() for name, split in rows.items()},
         }
     )
 
 
-def _encode(run: Run, stage: StageSpec) -> dict[str, Rows]:
-    from reftune.inference.prompts import context_len
-    from reftune.training.encode import encode_all
+UNTRAINED = {"steps": 0, "causal": "off", "train_seconds": 0.0, "validation_loss": None}
+"""What is noted of a stage that only puts its adapter on."""
 
-    splits = ["train", "validation"] if validates(stage) else ["train"]
+
+def _fit(run: Run, index: int, objective: Objective, rows: dict[str, Rows]) -> dict[str, Any]:
+    """Train a stage; return what is noted of it."""
+    from reftune.training.callbacks import MetricsWriter, place_events
+
+    writer = MetricsWriter(run.folder.metrics, index + 1)
+    trainer = _trainer(run, index, objective, rows, writer)
+    place_events(trainer.callback_handler.callbacks, run.folder.tensorboard(index))
+    try:
+        with _held(run.model, run.recipe.stages[index]):
+            result = trainer.train(resume_from_checkpoint=True)
+    finally:
+        for callback in trainer.callback_handler.callbacks:
+            getattr(callback, "close", lambda: None)()
     return {
-        name: encode_all(
-            run.data.splits[name],
-            run.tokenizer,
-            stage.max_len,
-            kind=run.data.kind,
-            what=name,
-            context=context_len(run.model),
-        )
-        for name in splits
-        if run.data.splits.get(name)
+        "steps": result.global_step,
+        "causal": trainer.plan.mode if trainer.plan else "off",
+        "train_seconds": writer.seconds,
+        "validation_loss": _last_validation(trainer),
     }
 
 
-def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTrainer:
-    from reftune import objectives
+@contextmanager
+def _held(model: nn.Module, stage: StageSpec) -> Iterator[None]:
+    """Hold a model as a stage wants it: frozen parts still, LoRA merged, blocks checkpointed."""
+    from reftune.model.below import still
+    from reftune.model.merge import merged_lora
+    from reftune.training.backward import set_checkpointing
+
+    with still(model), merged_lora(model) if stage.merge_below else nullcontext():
+        if stage.gradient_checkpointing:
+            set_checkpointing(model, True)
+        try:
+            yield
+        finally:
+            if stage.gradient_checkpointing:
+                set_checkpointing(model, False)
+
+
+def _encode(run: Run, stage: StageSpec, objective: Objective) -> dict[str, Rows]:
+    """Encode training rows as the objective wants them, and validation rows with all labels."""
+    from reftune.inference.prompts import context_len
+    from reftune.training.encode import encode_all
+
+    data, context = run.data, context_len(run.model)
+    rows = (data.splits["train"], run.tokenizer, data.kind, context)
+    found = {"train": training_rows(objective, stage, *rows)}
+    if validates(stage) and data.splits.get("validation"):
+        found["validation"] = encode_all(
+            data.splits["validation"],
+            run.tokenizer,
+            stage.max_len,
+            kind=data.kind,
+            what="validation",
+            context=context,
+        )
+    return found
+
+
+def _trainer(
+    run: Run, index: int, objective: Objective, rows: dict[str, Rows], writer: Any
+) -> ReftTrainer:
     from reftune.training.arguments import arguments
     from reftune.training.collate import Collator
     from reftune.training.progress import Counting, Progress
+    from reftune.training.stacked import StackTrainer
     from reftune.training.trainer import ReftTrainer
 
     recipe, stage = run.recipe, run.recipe.stages[index]
-    objective = objectives.get(stage.objective)
     callbacks = [writer]
     counting = None
     if run.progress:
@@ -363,7 +405,10 @@ def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTr
         if len(recipe.stages) > 1:
             title = f"stage {index + 1}/{len(recipe.stages)} {title}"
         callbacks.append(Progress(title))
-    return ReftTrainer(
+    kind, more = ReftTrainer, {} if counting is None else {"counting": counting}
+    if stage.below == "trained":
+        kind, more = StackTrainer, {**more, "below_lr": stage.optimiser.below_lr}
+    return kind(
         run.model,
         arguments(
             stage,
@@ -375,7 +420,7 @@ def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTr
             base_dtype=next(run.model.parameters()).dtype,
             run_name=recipe.name,
         ),
-        objective(objective.config_from(stage.objective_options)),
+        objective,
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         data_collator=Collator.of(run.tokenizer),
@@ -383,7 +428,7 @@ def _trainer(run: Run, index: int, rows: dict[str, Rows], writer: Any) -> ReftTr
         score=_scorer(run, stage) if stage.keep_by == "metric" else None,
         callbacks=callbacks,
         causal=causal_settings(stage, len(rows["train"]), run.folder.constants(index)),
-        **({} if counting is None else {"counting": counting}),
+        **more,
     )
 
 

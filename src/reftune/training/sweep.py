@@ -211,7 +211,7 @@ def _overrides(cell: Cell) -> list[str]:
 
 
 def _recipe_of(recipe: Recipe, cell: Cell, metric: str) -> Recipe:
-    """Return the recipe of a cell: scored on validation, base not compared."""
+    """Return the recipe of a cell: scored on its own validation rows alone, base not compared."""
     from reftune.config.loader import change
 
     split = "none" if metric == LOSS else "validation"
@@ -222,6 +222,7 @@ def _recipe_of(recipe: Recipe, cell: Cell, metric: str) -> Recipe:
             f"name={json.dumps(f'{recipe.name}/{cell.name}')}",
             f"evaluation.split={split}",
             "evaluation.compare_base=false",
+            "evaluation.also={}",
         ],
     )
     last = own.stages[-1]

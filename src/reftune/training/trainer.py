@@ -11,6 +11,7 @@ Left out on purpose: label smoothing, packing, model parallelism of the Trainer 
 
 from __future__ import annotations
 
+import copy
 import itertools
 import logging
 import math
@@ -20,18 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from jaxtyping import Int, Real
+from jaxtyping import Float, Int, Real
 from torch import Tensor, nn
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from reftune.errors import TrainingError
+from reftune.model.obstacles import COMPILED, SHARDED
 from reftune.model.run import Runner
 from reftune.training import checkpoints
 from reftune.training.arguments import check_arguments
 from reftune.training.backward import disable_input_grads
-from reftune.training.callbacks import KeepBest
+from reftune.training.callbacks import KeepBest, ObjectiveSteps
 from reftune.training.causal import Settings, settle
 from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
 from reftune.training.plan import Plan
@@ -104,6 +106,7 @@ class ReftTrainer(Trainer):
         self._source: Source | None = None
         self._saving_to: str | None = None
         self._sums: dict[str, Real[Tensor, ""]] = {}
+        self.step_metrics: dict[str, float] = {}
         self._weight: Real[Tensor, ""] | float = 0.0
         self.tokens_seen: Int[Tensor, ""] | int = 0
         self._eval_total = 0
@@ -114,7 +117,7 @@ class ReftTrainer(Trainer):
             data_collator=data_collator or Collator(),
             train_dataset=None if train_dataset is None else Padded(train_dataset),
             eval_dataset=None if eval_dataset is None else Padded(eval_dataset),
-            callbacks=[KeepBest(self), *callbacks],
+            callbacks=[ObjectiveSteps(self), KeepBest(self), *callbacks],
         )
         self.model_accepts_loss_kwargs = True
         self.remove_callback(PrinterCallback)
@@ -181,6 +184,11 @@ class ReftTrainer(Trainer):
             return counts
         return self.accelerator.gather(counts[None]).sum(0)
 
+    def bind_objective(self) -> None:
+        """Hand the objective the parameters that are trained, as they are now."""
+        trained = {_plain_name(n): p for n, p in self.model.named_parameters() if p.requires_grad}
+        self.objective.bind(trained, sharded=self.is_fsdp_enabled)
+
     def _note(self, metrics: dict[str, Any], weight: Int[Tensor, ""]) -> None:
         """Add an objective's metrics (means over `weight` items) to those of this step."""
         for name, value in metrics.items():
@@ -211,6 +219,7 @@ class ReftTrainer(Trainer):
                 self._check_finite("gradient norm", float(norm), self.state.global_step)
             weight = max(float(self._weight), 1.0)
             logs |= {name: float(total) / weight for name, total in self._sums.items()}
+            logs |= self.step_metrics
             logs["tokens"] = int(self.tokens_seen)
             self._sums, self._weight = {}, 0.0
         super().log(logs, start_time)
@@ -310,6 +319,8 @@ class ReftTrainer(Trainer):
                 self._saving_to = None
             if self.args.should_save and self.objective.state_dict():
                 torch.save(self.objective.state_dict(), to / name / OBJECTIVE_FILE)
+            if self.args.should_save and self.plan is not None:
+                self.plan.write(to / name)
             self.accelerator.wait_for_everyone()
             if self.args.should_save:
                 checkpoints.publish(to / name, self.folder / name)
@@ -361,7 +372,8 @@ class ReftTrainer(Trainer):
         try:
             if self._is_done(resume_from_checkpoint):
                 return self._done(str(resume_from_checkpoint))
-            self._settle()
+            self.bind_objective()
+            self._settle(resume_from_checkpoint)
             result = super().train(resume_from_checkpoint, **kwargs)
             best = checkpoints.best_so_far(self.folder) if self.keep_best else None
             if best is not None and best[0] != self.state.global_step:
@@ -394,10 +406,12 @@ class ReftTrainer(Trainer):
             self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
         return TrainOutput(self.state.global_step, 0.0, {})
 
-    def _settle(self) -> None:
+    def _settle(self, checkpoint: str | bool | None) -> None:
         """Decide what is held constant in this run, and compute it where it is kept."""
         rows = self.train_dataset.rows
         size = self.args.per_device_train_batch_size
+        is_sharded = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.args.n_gpu > 1
+        compiled = COMPILED if self.args.torch_compile else None
 
         def batches(number: int | None) -> Iterator[Prepared]:
             chosen = range(len(rows) if number is None else min(number, len(rows)))
@@ -405,20 +419,23 @@ class ReftTrainer(Trainer):
                 batch = self.data_collator([rows[i] for i in chosen[start : start + size]])
                 yield prepare(self._prepare_inputs(batch))
 
-        def loss(source: Source | None) -> Callable[[], Tensor]:
+        def loss(source: Source | None) -> Callable[[], Float[Tensor, ""]]:
             run, batch = Runner(self.model, source), next(batches(size))
 
-            def compute() -> Tensor:
+            def compute() -> Float[Tensor, ""]:
                 with self.accelerator.autocast():
                     return self.objective(run, batch, None).loss
 
             return compute
 
+        state = copy.deepcopy(self.objective.state_dict())
         self.plan, self._source = settle(
-            *(self.model, batches, len(rows), loss, self.causal),
+            *(self.model, batches, len(rows), loss, self.causal.resumed(checkpoint)),
             around=self.accelerator.autocast,
             progress=self.counting,
+            refusal=SHARDED if is_sharded else compiled,
         )
+        self.objective.load_state_dict(state)  # the comparison of both paths was no step
 
     def _restore(self) -> None:
         self._runner = self._source = None
