@@ -23,7 +23,8 @@ from reftune.model.levels import PLACE
 from reftune.report.model import Report
 from reftune.report.tables import show_figure
 from reftune.training.callbacks import read_metrics
-from reftune.training.stages import artefact_kind, continues, train
+from reftune.training.stage import artefact_kind, continues
+from reftune.training.stages import train
 
 QUIET = {"progress": False}
 

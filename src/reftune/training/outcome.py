@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from reftune.inference.evaluate import Evaluation
     from reftune.tasks.base import Example, Task
-    from reftune.training.stages import Run
+    from reftune.training.stage import Run
 
 log = logging.getLogger(__name__)
 
@@ -215,7 +215,7 @@ def _report(run: Run, figures: dict[str, Figure], seconds: float, extra: dict[st
 
 def _trained(run: Run) -> int:
     """Count what the stages trained: an adapter that several trained counts once."""
-    from reftune.training.stages import continues
+    from reftune.training.stage import continues
 
     counts: list[int] = []
     for index, stage in enumerate(run.folder.stages):
