@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from contracts.architectures import EOS, PAD, batch, build, rows
+from contracts.architectures import EOS, PAD, batch, build, pad, rows
 from contracts.helpers import attached, captured, changed, equal, first
 from torch import Tensor
 
@@ -53,6 +53,27 @@ def wanted():
         return found[name, rule]
 
     return get
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_generation_goes_on_from_a_beginning(rule, wanted):
+    """A prompt with its first answer tokens, and `prompt_lens`, ends as one generation does."""
+    model = attached(build("llama"), "loreft", positions=rule)
+    texts = wanted("llama", rule)
+    begun = [torch.cat([row, torch.tensor(text[:2])]) for row, text in zip(rows(), texts)]
+    ids, mask = pad(begun, "left")
+    lens = torch.tensor([len(row) for row in rows()])
+    more = {"max_new_tokens": NEW - 2, "min_new_tokens": NEW - 2}
+    out = generate(model, ids, mask, prompt_lens=lens, **more)
+    assert continuations(out, ids.shape[1]) == [text[2:] for text in texts]
+    beams = generate(
+        model, ids, mask, prompt_lens=lens, num_beams=2, num_return_sequences=2, **more
+    )
+    alone = generate(model, begun[0][None], torch.ones_like(begun[0][None]), num_beams=2,
+                     num_return_sequences=2, prompt_lens=lens[:1], **more)  # fmt: skip
+    assert continuations(beams, ids.shape[1])[:2] == continuations(alone, len(begun[0]))
+    with pytest.raises(PositionError, match="prompt_lens has 1 number"):
+        generate(model, ids, mask, prompt_lens=lens[:1], **more)
 
 
 def test_the_rules_can_be_told_apart(wanted):

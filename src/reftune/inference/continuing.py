@@ -14,8 +14,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from reftune.errors import AdapterError, ModelError
 from reftune.inference.edits import adapters_of, row_edits
@@ -209,7 +208,7 @@ def _write(
 
     from reftune.inference import decoding as choosing
     from reftune.inference import prompts as rows_of
-    from reftune.model import prompt_scope
+    from reftune.model.lookup import calls
 
     pad_id, device = rows_of.pad_id(tokenizer), rows_of.device_of(model)
     padded = rows_of.pad([start.ids for start in batch], pad_id, device)
@@ -219,15 +218,15 @@ def _write(
         criteria.append(choosing.StopTexts(tokenizer, decoding.stop, width))
     prompt_lens = torch.tensor([len(start.prompt.ids) for start in batch], device=device)
     extra = row_edits(model, batch, padded.attention_mask)
-    with prompt_scope(model, prompt_lens, **extra):
-        sequences = _generate_of(model)(
-            input_ids=padded.input_ids,
-            attention_mask=padded.attention_mask,
-            generation_config=choosing.generation_config(
-                model, tokenizer, decoding, batch[0].budget
-            ),
-            stopping_criteria=criteria,
-        )
+    if calls(model):  # with adapters that edit, generate takes what they need to know
+        extra["prompt_lens"] = prompt_lens
+    sequences = model.generate(
+        input_ids=padded.input_ids,
+        attention_mask=padded.attention_mask,
+        generation_config=choosing.generation_config(model, tokenizer, decoding, batch[0].budget),
+        stopping_criteria=criteria,
+        **extra,
+    )
     stops = choosing.stop_ids(model, tokenizer)
     return [
         _written(tokenizer, start, ids, stops, pad_id, decoding)
@@ -252,15 +251,3 @@ def _written(
         while kept and kept[-1] == pad_id:
             kept.pop()
     return Written(tuple(kept), stopped or len(kept) < len(ids))
-
-
-def _generate_of(model: nn.Module) -> Callable[..., Any]:
-    """Return the `generate` that leaves it to an open `prompt_scope` where prompts end.
-
-    That of a model with interventions opens a scope of its own, in which all it is given is prompt.
-    """
-    from reftune.model.lookup import calls
-    from reftune.model.sites import base_of
-
-    base = base_of(model)
-    return partial(type(base).generate, base) if calls(model) else model.generate

@@ -156,6 +156,8 @@ class Call:
         prompt = scope.prompt_mask.to(device).repeat_interleave(times, 0)
         columns = prompt.shape[1]
         length = prompt.sum(1, keepdim=True)
+        if scope.prompt_lens is not None:
+            length = scope.prompt_lens.to(device).repeat_interleave(times, 0)
         valid = torch.ones(batch, max(past + width, columns), dtype=torch.bool, device=device)
         valid[:, :columns] = prompt
         place = valid.long().cumsum(1) - 1

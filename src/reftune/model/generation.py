@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from reftune.model.call import EXTRA_INPUTS
 from reftune.model.lookup import calls
 from reftune.model.passes import Inputs, Scope
+from reftune.model.refusals import column
 
 
 class ScopedGenerate:
@@ -24,7 +25,11 @@ class ScopedGenerate:
         self.model = model
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Generate as the model does; also takes the arguments in `EXTRA_INPUTS`."""
+        """Generate as the model does; also takes the arguments in `EXTRA_INPUTS`.
+
+        With `prompt_lens`, what is given goes on behind the prompts: the tokens after them count as
+        generated, as they would in one generation.
+        """
         model = self.model
         extra = {key: kwargs.pop(key) for key in EXTRA_INPUTS if key in kwargs}
         scope = _generation_scope(model, args, kwargs, extra)
@@ -59,7 +64,10 @@ def _generation_scope(model: nn.Module, args: tuple, kwargs: dict, extra: dict) 
     mask = kwargs.get("attention_mask")
     if mask is None or mask.dim() != 2:
         mask = _mask_from_padding(model, prompt, kwargs)
-    return Scope(mask.bool(), extra.get("intervention_mask"), extra.get("subject_positions"))
+    given = [extra.get(key) for key in ("intervention_mask", "subject_positions", "prompt_lens")]
+    if given[-1] is not None:
+        given[-1] = column(given[-1], len(mask), "prompt_lens")
+    return Scope(mask.bool(), *given)
 
 
 def _mask_from_padding(

@@ -32,11 +32,14 @@ class Scope:
         prompt_mask: True at the prompt's real tokens.
         mask: Explicit edit columns over the prompt, or None.
         subject: Place of the subject's last token in each row, or None.
+        prompt_lens: Real prompt tokens of each row where some of what is given was written after
+            it; None: all of it is prompt.
     """
 
     prompt_mask: Bool[Tensor, "batch prompt"]
     mask: Bool[Tensor, "batch prompt"] | None = None
     subject: Int[Tensor, " batch"] | None = None
+    prompt_lens: Int[Tensor, "batch 1"] | None = None
 
 
 @dataclass
