@@ -198,11 +198,11 @@ def test_wide_axes_are_logarithmic(places, scale, tmp_path, monkeypatch):
     from reftune.report import plots
 
     drawn = []
-    real = plots._canvas
-    monkeypatch.setattr(plots, "_canvas", lambda *a: drawn.append(real(*a)) or drawn[-1])
+    real = plots.sheet
+    monkeypatch.setattr(plots, "sheet", lambda *a: drawn.append(real(*a)) or drawn[-1])
     levels = [ResultRow(name="s/base", method="base", metric="accuracy", mean=0.3)]
     over(tmp_path / "a.png", [*points(*places), *levels], "epochs", "title")
-    _, axes = drawn[0]
+    _, (axes,) = drawn[0]
     assert axes.get_xscale() == scale
     assert axes.get_legend_handles_labels()[1] == ["base", "a", "b"]
     assert (axes.get_xlabel(), axes.get_ylabel()) == ("epochs", "accuracy")

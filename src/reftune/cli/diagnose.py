@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import os
-import re
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -21,11 +18,10 @@ from reftune.cli.common import (
     progress,
     run_recipe,
     say,
-    task_spec,
 )
 from reftune.cli.models import BaseModelOption, check_there, has_adapter, load_any
-from reftune.cli.scoring import form_of, tell_form
-from reftune.errors import AdapterError, DataError, RecipeError
+from reftune.cli.scoring import check_folder, check_unseen, same_rows, slug, task_of_run
+from reftune.errors import AdapterError, RecipeError
 
 if TYPE_CHECKING:
     from reftune.config.recipe import EvaluationSpec, Recipe, TaskSpec
@@ -97,15 +93,17 @@ def reasoning(
     gets `diagnosis.md`, `diagnosis.json`, `plots/` and `answers.jsonl`, to be read.
     """
     from reftune.inference.diagnose import check_settings, diagnose_reasoning
-    from reftune.report.diagnosis import sentences, tables, write
+    from reftune.report.diagnosis import WRITTEN, sentences, tables, write
 
     counts = _counts(tokens)
     _check_adapter(adapter)
     recipe = run_recipe(adapter)
-    spec = _task(task, recipe, data_dir, changes_of(None, option), split, limit)
+    if split not in ("test", "validation"):
+        raise RecipeError(f'There is no split "{split}" to diagnose.', "Use test or validation.")
+    spec = task_of_run(task, recipe, data_dir, changes_of(None, option), limit, split)
     place = [adapter, spec.name, split, f"n{limit}", f"seed{seed}", *(option or [])]
-    folder = Path(output) if output else Path("runs/diagnoses") / _slug(place)
-    _check_output(folder)
+    folder = Path(output) if output else Path("runs/diagnoses") / slug(place)
+    check_folder(folder, WRITTEN, "a diagnosis")
     made = _made(spec, recipe, split)
     check_settings(made, numbers, probe_rows)
     examples = made.load(split)  # type: ignore[arg-type]
@@ -161,53 +159,12 @@ def _counts(text: str) -> list[int]:
     return list(check_tokens(counts))
 
 
-def _task(
-    task: str | None,
-    recipe: Recipe | None,
-    data_dir: str | None,
-    changes: list[str],
-    split: str,
-    limit: int,
-) -> TaskSpec:
-    """Return the task asked for, or the run's own with the changes asked for."""
-    from reftune.config.loader import change
-    from reftune.tasks.files import suffix_of
-
-    if split not in ("test", "validation"):
-        raise RecipeError(f'There is no split "{split}" to diagnose.', "Use test or validation.")
-    sizes: dict[str, Any] = {f"{split}_size": limit}
-    if task is not None:
-        is_own = recipe is not None and recipe.task.name == "own" and suffix_of(task) is not None
-        form = form_of(recipe, changes) if is_own else {}  # type: ignore[arg-type]
-        if is_own:
-            tell_form(recipe, form, task)  # type: ignore[arg-type]
-        return task_spec(task, data_dir, changes, sizes, form)
-    if recipe is None:
-        raise RecipeError(
-            "No task is given.", "Add --task NAME; `reftune methods --tasks` lists them."
-        )
-    spec = change(recipe, changes).task
-    return replace(spec, **sizes, **({"data_dir": data_dir} if data_dir else {}))
-
-
 def _made(spec: TaskSpec, recipe: Recipe | None, split: str) -> Task:
-    """Return the task; refuse rows that the run was trained on.
-
-    Raises:
-        DataError: If the rows of the split are among the run's training rows.
-    """
+    """Return the task; refuse rows that the run was trained on."""
     from reftune import tasks
-    from reftune.training.data import holds_out
 
     made = tasks.get(spec)
-    same = recipe is not None and (recipe.task.name, recipe.task.train) == (spec.name, spec.train)
-    cut = made.cut_from_training(split)  # type: ignore[arg-type]
-    if same and cut and not holds_out(recipe, made):  # type: ignore[arg-type]
-        raise DataError(
-            f'The run was trained on all rows; the {split} rows of task "{spec.name}" are among '
-            "them.",
-            "Take the test rows, or train with rows held out.",
-        )
+    check_unseen([recipe] if recipe and same_rows(recipe.task, spec) else [], made, split)
     return made
 
 
@@ -222,33 +179,3 @@ def _decoding(
         spec = replace(spec, max_new_tokens=None)
     given = {"batch_size": batch_size, "max_new_tokens": max_new_tokens}
     return replace(spec, samples=1, **{k: v for k, v in given.items() if v is not None})
-
-
-def _check_output(folder: Path) -> None:
-    """Refuse a folder that holds anything else, or that cannot be written, before the work.
-
-    Raises:
-        RecipeError: If it is no place for a diagnosis.
-    """
-    from reftune.report.diagnosis import WRITTEN
-
-    remedy = "Choose another --output folder."
-    there = next(place for place in (folder, *folder.absolute().parents) if place.exists())
-    if not there.is_dir():
-        raise RecipeError(f"{there} is a file.", remedy)
-    if not os.access(there, os.W_OK | os.X_OK):
-        raise RecipeError(f"{there} cannot be written.", remedy)
-    held = {item.name for item in folder.iterdir()} if folder.is_dir() else set()
-    others = sorted(name for name in held - set(WRITTEN) if not name.startswith("."))
-    if others:
-        what = f"{folder} holds other files than a diagnosis's: {', '.join(others[:3])}."
-        raise RecipeError(what, f"Nothing there was touched. {remedy}")
-
-
-def _slug(parts: Sequence[str]) -> str:
-    """Return a folder name for what was asked.
-
-    >>> _slug(["runs/demo", "families", "group=new"])
-    'runs-demo-families-group-new'
-    """
-    return re.sub(r"[^\w.-]+", "-", "-".join(part.strip("./") for part in parts))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,17 +20,24 @@ from reftune.cli.common import (
     progress,
     run_recipe,
     say,
-    task_spec,
 )
 from reftune.cli.generate import NO_REPEAT, PENALTY
 from reftune.cli.models import BaseModelOption, HeadOption, has_adapter, load_any
-from reftune.cli.scoring import BASE, check_models, check_output, form_of, tell_form
+from reftune.cli.scoring import (
+    BASE,
+    check_models,
+    check_output,
+    check_unseen,
+    same_rows,
+    slug,
+    task_of_run,
+    top_key,
+)
 from reftune.errors import DataError, RecipeError
 
 if TYPE_CHECKING:
     from reftune.config.recipe import EvaluationSpec, Recipe, TaskSpec
     from reftune.inference.evaluate import Evaluation
-    from reftune.tasks.base import Task
 
 CHANGED = ("task", "evaluation", "seed")
 """What of a recipe scoring reads; other keys belong to training."""
@@ -115,7 +121,7 @@ def evaluate(
     decoding, split = settings.evaluation, settings.evaluation.split
     if split == "none":
         raise RecipeError('There is no split "none" to score.', "Use test or validation.")
-    spec = _task(task, recipe, data_dir, changes, size, split)
+    spec = task_of_run(task, recipe, data_dir, changes, size, split)
     names = [model] + ([against] if against else [])
     asked = {"n": size, "seed": seed, **{SHORT[k]: v for k, v in flags.items() if k in SHORT}}
     place = _slug(model, spec.name, split, against, [*(set_ or []), *(option or [])], asked)
@@ -145,7 +151,7 @@ def _settings(
     from reftune.config.loader import change, from_dict
 
     for text in changes:
-        if _top(text) not in CHANGED:
+        if top_key(text) not in CHANGED:
             raise RecipeError(
                 f'"{text.partition("=")[0].strip()}" is nothing that scoring reads.',
                 "Set keys of task, evaluation or seed; `reftune train` takes the others.",
@@ -158,51 +164,8 @@ def _settings(
     start = replace(start, evaluation=replace(start.evaluation, split="test"))
     wanted = {f"evaluation.{key}": value for key, value in flags.items()} | {"seed": seed}
     given = [f"{key}={json.dumps(value)}" for key, value in wanted.items() if value is not None]
-    own = [text for text in changes if _top(text) != "task"]
+    own = [text for text in changes if top_key(text) != "task"]
     return change(start, [*own, *given])
-
-
-def _top(text: str) -> str:
-    """Return the part of a recipe that a change is for.
-
-    >>> _top("task.style=prose"), _top("seed = 3")
-    ('task', 'seed')
-    """
-    return text.partition("=")[0].strip().partition(".")[0]
-
-
-def _task(
-    task: str | None,
-    recipe: Recipe | None,
-    data_dir: str | None,
-    changes: list[str],
-    size: int | None,
-    split: str,
-) -> TaskSpec:
-    """Return the task asked for, or the run's own with the changes asked for.
-
-    A data file is read and asked as the rows of a run on own data were.
-    """
-    from reftune.tasks.files import suffix_of
-
-    sizes = {f"{split}_size": size}
-    own = [text for text in changes if _top(text) == "task"]
-    if task is not None:
-        is_file = recipe is not None and recipe.task.name == "own" and suffix_of(task) is not None
-        form = form_of(recipe, own) if is_file else {}
-        if is_file:
-            tell_form(recipe, form, task)
-        return task_spec(task, data_dir, own, sizes, form)
-    is_named = any(text.partition("=")[0].strip() in ("task", "task.name") for text in own)
-    if recipe is None and not is_named:
-        raise RecipeError(
-            "No task is given.", "Add --task NAME; `reftune methods --tasks` lists them."
-        )
-    from reftune.config.loader import change, task_of
-
-    spec = change(recipe, own).task if recipe else task_of({}, own)
-    more = {key: value for key, value in sizes.items() if value is not None}
-    return replace(spec, **more, **({"data_dir": data_dir} if data_dir else {}))
 
 
 def _evaluate_all(
@@ -223,8 +186,8 @@ def _evaluate_all(
 
     made = tasks.get(spec)
     runs = [run_recipe(name) for name in names]
-    own = [run for run in runs if run and _same_rows(run.task, spec)]
-    _check_unseen(own, made, decoding.split)
+    own = [run for run in runs if run and same_rows(run.task, spec)]
+    check_unseen(own, made, decoding.split)
     examples = made.load(decoding.split)
     num_labels = made.num_labels if made.kind == "classification" else None
     results: list[Evaluation] = []
@@ -246,25 +209,6 @@ def _evaluate_all(
             more = {"seed": seed, "max_len": max_len, "progress": report}
             results.append(score(*loaded, made, examples, decoding, **more))
     return results
-
-
-def _same_rows(a: TaskSpec, b: TaskSpec) -> bool:
-    """Return whether two tasks take their training rows from one place."""
-    return (a.name, a.train, a.data_dir) == (b.name, b.train, b.data_dir)
-
-
-def _check_unseen(runs: list[Recipe], task: Task, split: str) -> None:
-    """Refuse to score rows that a run was trained on because nothing else needed them."""
-    from reftune.training.data import holds_out
-
-    for run in runs:
-        if task.cut_from_training(split) and not holds_out(run, task):
-            raise DataError(
-                f'The run "{run.name}" was trained on all rows; the {split} rows of task '
-                f'"{run.task.name}" are among them.',
-                "Score the test rows, or train with rows held out: evaluation.split: validation, "
-                "keep: best or evaluate_every.",
-            )
 
 
 def _off(model: Any) -> Any:
@@ -341,5 +285,4 @@ def _slug(
     parts = [model, task, split, *options]
     parts += [f"{key}{value}" for key, value in asked.items() if value is not None]
     parts += [f"against-{against.strip('./')}"] if against else []
-    text = "-".join(part.strip("./") for part in parts)
-    return re.sub(r"[^\w.-]+", "-", text)
+    return slug(parts)

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from reftune.errors import AdapterError, ModelError
-from reftune.inference.edits import adapters_of, row_edits
+from reftune.inference.edits import adapters_of
+from reftune.inference.running import Job, batches
 
 if TYPE_CHECKING:
     from torch import nn
@@ -135,13 +136,20 @@ def go_on(
         batch_size: Rows written together.
         progress: Called with (rows done, rows in all).
     """
+    from reftune.inference import decoding as choosing
     from reftune.inference import prompts as rows_of
 
+    pad_id, stops = rows_of.pad_id(tokenizer), choosing.stop_ids(model, tokenizer)
+    jobs = [
+        Job(i, 0, s.ids, s.budget, None, s.subject, s.subspace, prompt_len=len(s.prompt.ids))
+        for i, s in enumerate(starts)
+    ]
     found: dict[int, Written] = {}
     with rows_of.evaluating(model):
-        for batch in _batches(starts, batch_size):
-            rows = [starts[index] for index in batch]
-            found.update(zip(batch, _try(model, tokenizer, rows, decoding), strict=True))
+        for batch, sequences in batches(model, tokenizer, jobs, decoding, batch_size):
+            for job, ids in zip(batch, sequences.tolist(), strict=True):
+                start = starts[job.row]
+                found[job.row] = _written(tokenizer, start, ids, stops, pad_id, decoding)
             if progress is not None:
                 progress(len(found), len(starts))
     return [found[index] for index in range(len(starts))]
@@ -160,78 +168,6 @@ def has_stop(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], decoding: D
 
     text = decode(tokenizer, ids) if decoding.stop else ""
     return any(stop in text for stop in decoding.stop)
-
-
-def _batches(starts: Sequence[Start], batch_size: int) -> list[list[int]]:
-    """Return places of starts in batches of equal budget and similar length, the longest first."""
-    order = sorted(range(len(starts)), key=lambda i: (-starts[i].budget, -len(starts[i].ids), i))
-    batches: list[list[int]] = []
-    for index in order:
-        budget = starts[index].budget
-        if not batches or len(batches[-1]) == batch_size or starts[batches[-1][0]].budget != budget:
-            batches.append([])
-        batches[-1].append(index)
-    return batches
-
-
-def _try(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Start],
-    decoding: Decoding,
-) -> list[Written]:
-    """Write a batch, in two halves if it does not fit into the GPU's memory."""
-    import torch
-
-    try:
-        return _write(model, tokenizer, batch, decoding)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    torch.cuda.empty_cache()  # outside the handler: there the failed call still holds its tensors
-    half = (len(batch) + 1) // 2
-    return [
-        written
-        for part in (batch[:half], batch[half:])
-        for written in _try(model, tokenizer, part, decoding)
-    ]
-
-
-def _write(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: Sequence[Start],
-    decoding: Decoding,
-) -> list[Written]:
-    import torch
-    from transformers import StoppingCriteriaList
-
-    from reftune.inference import decoding as choosing
-    from reftune.inference import prompts as rows_of
-    from reftune.model.lookup import calls
-
-    pad_id, device = rows_of.pad_id(tokenizer), rows_of.device_of(model)
-    padded = rows_of.pad([start.ids for start in batch], pad_id, device)
-    width = padded.input_ids.shape[1]
-    criteria = StoppingCriteriaList()
-    if decoding.stop:
-        criteria.append(choosing.StopTexts(tokenizer, decoding.stop, width))
-    prompt_lens = torch.tensor([len(start.prompt.ids) for start in batch], device=device)
-    extra = row_edits(model, batch, padded.attention_mask)
-    if calls(model):  # with adapters that edit, generate takes what they need to know
-        extra["prompt_lens"] = prompt_lens
-    sequences = model.generate(
-        input_ids=padded.input_ids,
-        attention_mask=padded.attention_mask,
-        generation_config=choosing.generation_config(model, tokenizer, decoding, batch[0].budget),
-        stopping_criteria=criteria,
-        **extra,
-    )
-    stops = choosing.stop_ids(model, tokenizer)
-    return [
-        _written(tokenizer, start, ids, stops, pad_id, decoding)
-        for start, ids in zip(batch, sequences[:, width:].tolist(), strict=True)
-    ]
 
 
 def _written(

@@ -8,15 +8,15 @@ through the encoding of numbers (`probes`), through errors that add up along the
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
-from reftune.errors import DataError, RecipeError, nearest
+from reftune.errors import RecipeError, nearest
 from reftune.inference.chains import ErrorAccumulation, error_accumulation
 from reftune.inference.continuing import check_model
 from reftune.inference.handover import TOKENS, PrefixQuality, check_tokens, prefix_quality
+from reftune.inference.predictions import check_rows
 from reftune.inference.probes import LEAST, ROWS, NumberEncoding, Source, number_encoding
 from reftune.inference.study import Bars, Study
 
@@ -114,7 +114,7 @@ def diagnose_reasoning(
     started = time.perf_counter()
     tokens = check_tokens(tokens)
     check_settings(task, numbers, probe_rows)
-    _check_rows(examples)
+    check_rows(examples, "rows", "diagnose")
     check_model(model)
     spec = spec or EvaluationSpec()
     study = Study(model, tokenizer, task, examples, spec, seed, level, progress)
@@ -143,14 +143,6 @@ def check_settings(task: Task, numbers: str = "additions", probe_rows: int = ROW
         )
     if probe_rows < LEAST:
         raise RecipeError(f"{probe_rows} prompts are too few to probe.", f"Give at least {LEAST}.")
-
-
-def _check_rows(examples: Sequence[Example]) -> None:
-    if not examples:
-        raise DataError("There are no rows to diagnose.", "Check the split and its size.")
-    double, times = Counter(example.id for example in examples).most_common(1)[0]
-    if times > 1:
-        raise DataError(f'{times} rows have the id "{double}".', "Give each row its own id.")
 
 
 def _without_answers(part: Any) -> dict[str, Any]:

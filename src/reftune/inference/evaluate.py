@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -16,7 +15,7 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from reftune.errors import DataError, ModelError
+from reftune.errors import ModelError
 from reftune.inference import prompts as rows_of
 from reftune.inference import stats
 from reftune.inference.choose import choice_lists, choose_rows
@@ -25,9 +24,12 @@ from reftune.inference.figures import figures_of
 from reftune.inference.generate import answer_jobs
 from reftune.inference.predictions import (
     Prediction,
+    check_rows,
     compare,
     gold_choice,
+    prompt_of,
     save_predictions,
+    scored,
     show_prompt,
 )
 from reftune.inference.prefix import shared_prefix
@@ -129,7 +131,7 @@ def evaluate(
 
     started = time.perf_counter()
     spec = spec or EvaluationSpec()
-    _check(examples)
+    check_rows(examples, "examples", "evaluate")
     run = _Run(model, tokenizer, task, examples, spec, seed, adapter_names, max_len, progress)
     if task.kind == "classification":
         predictions = _classified(run)
@@ -161,7 +163,7 @@ class _Run:
     @property
     def prompts(self) -> list[Any]:
         """What the model is given for each example."""
-        return [e.prompt if e.messages is None else list(e.prompt_messages) for e in self.examples]
+        return [prompt_of(example) for example in self.examples]
 
     @property
     def subjects(self) -> list[str | None]:
@@ -181,14 +183,6 @@ class _Run:
         return rows_of.fit(self.model, found, max_new_tokens, "prompts to score")
 
 
-def _check(examples: Sequence[Example]) -> None:
-    if not examples:
-        raise DataError("There are no examples to evaluate.", "Check the split and its size.")
-    double, times = Counter(example.id for example in examples).most_common(1)[0]
-    if times > 1:
-        raise DataError(f'{times} examples have the id "{double}".', "Give each row its own id.")
-
-
 def _generated(run: _Run) -> list[Prediction]:
     """Return a prediction for each sample of each example."""
     task, spec = run.task, run.spec
@@ -201,19 +195,8 @@ def _generated(run: _Run) -> list[Prediction]:
     batch = (spec.batch_size, progress, _shared(run, jobs, decoding.options))
     answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, *batch)
     return [
-        Prediction(
-            id=example.id,
-            prompt=show_prompt(prompt),
-            text=text,
-            extracted=task.extract(text, example),
-            answer=example.answer,
-            scores={name: float(v) for name, v in task.score(text, example).items()},
-            sample=sample,
-            cut=row.cut,
-        )
-        for example, prompt, row, texts in zip(
-            run.examples, run.prompts, rows, answers, strict=True
-        )
+        scored(task, example, text, sample, row.cut)
+        for example, row, texts in zip(run.examples, rows, answers, strict=True)
         for sample, text in enumerate(texts)
     ]
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from reftune.inference import prefix
 from reftune.inference.choose import choose
 from reftune.inference.edits import check_adapters
-from reftune.inference.running import Job, jobs_of, run
+from reftune.inference.running import Job, batches, jobs_of
 from reftune.inference.stream import stream
 
 if TYPE_CHECKING:
@@ -22,8 +21,6 @@ if TYPE_CHECKING:
     from reftune.inference.prompts import Marks, Prompt
 
 __all__ = ["choose", "generate", "stream"]
-
-log = logging.getLogger(__name__)
 
 Progress = bool | Callable[[int, int], None]
 """False, True (a tqdm bar), or a function of answers done and answers in all."""
@@ -119,58 +116,15 @@ def answer_jobs(
     from reftune.inference import prompts as rows_of
 
     answers = [[""] * decoding.samples for _ in {job.row for job in jobs}]
-    waiting = _batches(jobs, batch_size)
     done = 0
     with rows_of.evaluating(model), _Reporting(progress, len(jobs)) as report:
-        while waiting:
-            batch = waiting.pop()
-            texts = _try_batch(model, tokenizer, batch, decoding, shared)
-            if texts is None:
-                half = (len(batch) + 1) // 2
-                log.warning("%d rows do not fit in memory, trying %d", len(batch), half)
-                waiting += [batch[half:], batch[:half]]
-                continue
+        for batch, sequences in batches(model, tokenizer, jobs, decoding, batch_size, shared):
+            texts = _texts(model, tokenizer, sequences, decoding)
             for job, text in zip(batch, texts, strict=True):
                 answers[job.row][job.sample] = text
             done += len(batch)
             report(done, len(jobs))
     return answers
-
-
-def _batches(jobs: list[Job], batch_size: int) -> list[list[Job]]:
-    """Return batches of similar length and equal budget, the longest last (it is run first)."""
-    from reftune.errors import RecipeError
-
-    if batch_size < 1:
-        raise RecipeError(f"batch_size is {batch_size}.", "It must be at least 1.")
-    ordered = sorted(jobs, key=lambda job: (-job.budget, len(job.ids), job.row, job.sample))
-    batches: list[list[Job]] = []
-    for job in ordered:
-        if not batches or len(batches[-1]) == batch_size or batches[-1][0].budget != job.budget:
-            batches.append([])
-        batches[-1].append(job)
-    return batches
-
-
-def _try_batch(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    batch: list[Job],
-    decoding: Decoding,
-    shared: PrefixCache | None,
-) -> list[str] | None:
-    """Return the answers of a batch, or None if it ran out of GPU memory and can be halved."""
-    import torch
-
-    try:
-        sequences = run(model, tokenizer, batch, decoding, shared=shared)
-    except torch.OutOfMemoryError:
-        if len(batch) == 1:
-            raise
-    else:
-        return _texts(model, tokenizer, sequences, decoding)
-    torch.cuda.empty_cache()  # outside the handler: there the failed call still holds its tensors
-    return None
 
 
 def _texts(

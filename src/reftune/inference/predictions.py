@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from os import PathLike
@@ -14,7 +15,7 @@ from reftune.errors import DataError, nearest
 from reftune.inference.stats import PairedTest, mcnemar, paired_bootstrap
 
 if TYPE_CHECKING:
-    from reftune.tasks.base import Example
+    from reftune.tasks.base import Example, Task
 
 
 @dataclass(frozen=True)
@@ -148,6 +149,51 @@ def show_prompt(prompt: str | Sequence[Mapping[str, Any]]) -> str:
     if isinstance(prompt, str):
         return prompt
     return "\n".join(f"{message['role']}: {message['content']}" for message in prompt)
+
+
+def prompt_of(example: Example) -> Any:
+    """Return what a model is asked: a text, or the messages before the answer."""
+    return example.prompt if example.messages is None else list(example.prompt_messages or ())
+
+
+def scored(task: Task, example: Example, text: str, sample: int = 0, cut: int = 0) -> Prediction:
+    """Return an answer with what the task finds in it and what that scores.
+
+    Args:
+        task: The task.
+        example: The row that was asked.
+        text: The answer.
+        sample: Number of the sample.
+        cut: Tokens of the prompt that were cut off.
+    """
+    return Prediction(
+        id=example.id,
+        prompt=show_prompt(prompt_of(example)),
+        text=text,
+        extracted=task.extract(text, example),
+        answer=example.answer,
+        scores={name: float(value) for name, value in task.score(text, example).items()},
+        sample=sample,
+        cut=cut,
+    )
+
+
+def check_rows(examples: Sequence[Example], rows: str = "rows", purpose: str = "score") -> None:
+    """Check that there are rows, each with an id of its own.
+
+    Args:
+        examples: The rows.
+        rows: What a message calls them.
+        purpose: What they are for, in a message.
+
+    Raises:
+        DataError: If there are none, or two share an id.
+    """
+    if not examples:
+        raise DataError(f"There are no {rows} to {purpose}.", "Check the split and its size.")
+    double, times = Counter(example.id for example in examples).most_common(1)[0]
+    if times > 1:
+        raise DataError(f'{times} {rows} have the id "{double}".', "Give each row its own id.")
 
 
 def gold_choice(example: Example) -> int:

@@ -27,9 +27,10 @@ from reftune.errors import DataError
 from reftune.inference import stats
 from reftune.inference.continuing import WRITERS, Start, Writer, writing
 from reftune.inference.edits import row_edits
+from reftune.inference.predictions import prompt_of
 from reftune.inference.stats import PairedTest
 from reftune.inference.steps import numbers
-from reftune.inference.study import Study, prompt_of
+from reftune.inference.study import Study
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int

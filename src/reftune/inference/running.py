@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +23,19 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Job:
-    """One answer to produce."""
+    """One answer to produce.
+
+    Attributes:
+        row: Place of its prompt.
+        sample: Number of the answer to that prompt.
+        ids: What the model reads.
+        budget: Most tokens to write.
+        adapter: Its adapter; None is the active one.
+        subject: Place of the subject's last token.
+        subspace: Dimensions of the edit that act; None is all.
+        mask: Marked tokens.
+        prompt_len: Tokens of `ids` that are prompt, where the others begin the answer; None: all.
+    """
 
     row: int
     sample: int
@@ -33,6 +45,7 @@ class Job:
     subject: int | None
     subspace: tuple[int, ...] | None
     mask: tuple[bool, ...] | None = None
+    prompt_len: int | None = None
 
 
 def jobs_of(
@@ -72,6 +85,67 @@ def jobs_of(
     return jobs
 
 
+def batches(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    jobs: Sequence[Job],
+    decoding: Decoding,
+    batch_size: int,
+    shared: PrefixCache | None = None,
+) -> Iterator[tuple[list[Job], Int[Tensor, "rows steps"]]]:
+    """Yield jobs of similar length and equal budget with their new tokens, the longest first.
+
+    A batch that does not fit into the GPU's memory is halved and tried again.
+
+    Raises:
+        RecipeError: If batch_size is below 1.
+    """
+    waiting = _in_batches(jobs, batch_size)
+    while waiting:
+        batch = waiting.pop()
+        sequences = _try(model, tokenizer, batch, decoding, shared)
+        if sequences is not None:
+            yield batch, sequences
+            continue
+        half = (len(batch) + 1) // 2
+        log.warning("%d rows do not fit in memory, trying %d", len(batch), half)
+        waiting += [batch[half:], batch[:half]]
+
+
+def _in_batches(jobs: Sequence[Job], batch_size: int) -> list[list[Job]]:
+    """Return batches of similar length and equal budget, the longest last (it is run first)."""
+    from reftune.errors import RecipeError
+
+    if batch_size < 1:
+        raise RecipeError(f"batch_size is {batch_size}.", "It must be at least 1.")
+    ordered = sorted(jobs, key=lambda job: (-job.budget, len(job.ids), job.row, job.sample))
+    found: list[list[Job]] = []
+    for job in ordered:
+        if not found or len(found[-1]) == batch_size or found[-1][0].budget != job.budget:
+            found.append([])
+        found[-1].append(job)
+    return found
+
+
+def _try(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    batch: list[Job],
+    decoding: Decoding,
+    shared: PrefixCache | None,
+) -> Int[Tensor, "rows steps"] | None:
+    """Return the new tokens of a batch, or None if it ran out of memory and can be halved."""
+    import torch
+
+    try:
+        return run(model, tokenizer, batch, decoding, shared=shared)
+    except torch.OutOfMemoryError:
+        if len(batch) == 1:
+            raise
+    torch.cuda.empty_cache()  # outside the handler: there the failed call still holds its tensors
+    return None
+
+
 def run(
     model: nn.Module,
     tokenizer: PreTrainedTokenizerBase,
@@ -92,10 +166,12 @@ def run(
         shared: Keys and values of what all prompts begin with.
         **extra: Further arguments of `generate`.
     """
+    import torch
     from transformers import LogitsProcessorList, StoppingCriteriaList
 
     from reftune.inference import decoding as choosing
     from reftune.inference import prompts as rows_of
+    from reftune.model.lookup import calls
 
     seq2seq = rows_of.is_seq2seq(model)
     rows = [job.ids for job in batch]
@@ -117,6 +193,8 @@ def run(
     if decoding.stop:
         criteria.append(choosing.StopTexts(tokenizer, decoding.stop, width))
     extra |= row_edits(model, batch, padded.attention_mask)
+    if batch[0].prompt_len is not None and calls(model):
+        extra["prompt_lens"] = torch.tensor([job.prompt_len for job in batch], device=device)
     with row_adapters(model, [job.adapter for job in batch]) as adapters:
         sequences = model.generate(
             input_ids=padded.input_ids,

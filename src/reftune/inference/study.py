@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from reftune.inference.continuing import Start, Writer, Written, go_on, writing
 
@@ -71,6 +71,7 @@ class Study:
     def starts(self) -> list[Start]:
         """The prompts, with room for the longest answer; long prompts are cut from the left."""
         from reftune.inference import prompts as rows_of
+        from reftune.inference.predictions import prompt_of
 
         asked = [prompt_of(example) for example in self.examples]
         subjects = [example.meta.get("subject") for example in self.examples]
@@ -99,19 +100,10 @@ class Study:
 
     def predictions(self, texts: Sequence[str]) -> list[Prediction]:
         """Return one scored answer a row."""
-        from reftune.inference.predictions import Prediction, show_prompt
+        from reftune.inference.predictions import scored
 
-        return [
-            Prediction(
-                id=example.id,
-                prompt=show_prompt(prompt_of(example)),
-                text=text,
-                extracted=self.task.extract(text, example),
-                answer=example.answer,
-                scores={k: float(v) for k, v in self.task.score(text, example).items()},
-            )
-            for example, text in zip(self.examples, texts, strict=True)
-        ]
+        pairs = zip(self.examples, texts, strict=True)
+        return [scored(self.task, example, text) for example, text in pairs]
 
     def share(self, values: Sequence[bool]) -> Figure:
         """Return a share of rows with Wilson's interval; an open figure where there are none."""
@@ -122,8 +114,3 @@ class Study:
             return Figure(mean=None, n=0)
         low, high = wilson(sum(values), len(values), self.level)
         return Figure(mean=sum(values) / len(values), n=len(values), low=low, high=high)
-
-
-def prompt_of(example: Example) -> Any:
-    """Return what a model is asked: a text, or the messages before the answer."""
-    return example.prompt if example.messages is None else list(example.prompt_messages or ())

@@ -18,7 +18,7 @@ from jaxtyping import Bool, Int, Shaped
 from torch import Tensor, nn
 
 from reftune.errors import AdapterError, PositionError
-from reftune.model.passes import Inputs, Rules, Scope, Snapshot
+from reftune.model.passes import IGNORE, Inputs, Rules, Scope, Snapshot
 from reftune.model.positions import TIED, PositionRule, Tokens, row_index
 from reftune.model.refusals import (
     as_mask,
@@ -193,7 +193,7 @@ class Call:
         length = count.scatter_add(1, segment, torch.ones_like(segment))
         labels = inputs.labels
         if labels is not None and labels.shape == position_ids.shape:
-            place = torch.where(labels == -100, length.gather(1, segment), position_ids)
+            place = torch.where(labels == IGNORE, length.gather(1, segment), position_ids)
             length = length.scatter_reduce(1, segment, place, "amin")
         elif now.training and self.needs_labels and inputs.mask is None:
             now.unknown = "a packed row without labels"
@@ -215,7 +215,7 @@ class Call:
         labels = inputs.labels
         if labels is not None and labels.shape == (now.batch, now.width):
             columns = slice(now.past, now.past + now.width)
-            labelled = labels.to(total.device) != -100
+            labelled = labels.to(total.device) != IGNORE
             before = (labelled.long().cumsum(1) == 0) & valid[:, columns]
             return before.sum(1, keepdim=True) + valid[:, : now.past].sum(1, keepdim=True)
         if now.past:

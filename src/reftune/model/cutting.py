@@ -21,15 +21,12 @@ from torch import Tensor, nn
 
 from reftune.model.lookup import blocks_of, calls, placed
 from reftune.model.obstacles import angle_limit
-from reftune.model.passes import Inputs
+from reftune.model.passes import IGNORE, Inputs
 from reftune.model.site import Site
 from reftune.model.sites import base_of
 
 if TYPE_CHECKING:
     from reftune.model.run import Prepared
-
-IGNORE = -100
-
 
 # --- where the constants end ---------------------------------------------------------------------
 

@@ -357,9 +357,11 @@ class ReftModel(BaseTuner):
     def _as_trained(self) -> Iterator[None]:
         """Keep which parameters are trained: PEFT's LoRA layers change that when they switch."""
         before = [(p, p.requires_grad) for p in self.model.parameters()]
-        yield
-        for parameter, flag in before:
-            parameter.requires_grad_(flag)
+        try:
+            yield
+        finally:
+            for parameter, flag in before:
+                parameter.requires_grad_(flag)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         """Switch this level's adapters; those of levels below go on acting, trained or frozen."""

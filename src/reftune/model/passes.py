@@ -10,6 +10,9 @@ from torch import Tensor
 
 from reftune.model.positions import PositionRule, Tokens
 
+IGNORE = -100
+"""Label of a token that is not learned."""
+
 
 @dataclass(frozen=True)
 class Rules:

@@ -7,16 +7,19 @@ memory and a third of the time of a step.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float, Int, Real
 from torch import Tensor, nn
 
 from reftune.errors import ModelError
 from reftune.model import causal, cutting
 from reftune.model.adapters import prompt_scope
-from reftune.model.cutting import IGNORE
+from reftune.model.passes import IGNORE
 from reftune.model.sites import base_of
 
 
@@ -33,6 +36,9 @@ class Prepared:
         select: Subspace dimensions per row, or None.
         prompt_lens: Real prompt tokens per row; None: what stands before the first label.
         subject_positions: Place of the subject's last token, or None.
+        weights: A number for each label (one a column), for objectives that weigh tokens, or None.
+        guides: The targets of these rows behind other prompts, by the names of the prompts.
+        rows: In a guide: the rows of the batch that its own rows stand for.
         extra: Further model inputs, for instance `token_type_ids` or `position_ids`.
     """
 
@@ -43,6 +49,9 @@ class Prepared:
     select: list | None = None
     prompt_lens: Int[Tensor, " batch"] | None = None
     subject_positions: Int[Tensor, " batch"] | None = None
+    weights: Float[Tensor, "batch _"] | None = None
+    guides: dict[str, Prepared] = field(default_factory=dict)
+    rows: Int[Tensor, " batch"] | None = None
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -84,12 +93,23 @@ class Runner:
     def __init__(self, model: nn.Module, source: causal.Source | None = None) -> None:
         self.model, self.source = model, source
 
-    def __call__(self, prepared: Prepared, hidden: bool = False) -> RunOutput:
+    def __call__(
+        self, prepared: Prepared, hidden: bool = False, inference: bool = False
+    ) -> RunOutput:
         """Run one batch.
+
+        Args:
+            prepared: The batch.
+            hidden: Also return the last hidden states.
+            inference: Run the model as it is used afterwards: no gradients, no dropout, the edits
+                of inference, and no other process waited for.
 
         Raises:
             ModelError: If a row has no label, or the model has no head for its labels.
         """
+        if inference:
+            with as_used(self.model) as model:
+                return Runner(model)(prepared, hidden)
         if prepared.labels.dim() == 1:
             return self._classify(prepared)
         base = base_of(_unwrapped(self.model))
@@ -194,6 +214,25 @@ class _HeadGather:
         else:
             logits = logits[self.rows, self.columns]
         return RunOutput(logits, labels, self.rows, self.hidden, num_rows=num_rows)
+
+
+@contextmanager
+def as_used(model: nn.Module) -> Iterator[nn.Module]:
+    """Yield the bare model in evaluation mode without gradients; every module's mode comes back.
+
+    Without the wrapper of DDP, whose forward passes talk to the other processes: one of them may
+    have nothing to ask.
+    """
+    model = _unwrapped(model)
+    training = [module for module in model.modules() if module.training]
+    for module in training:
+        module.training = False
+    try:
+        with torch.no_grad():
+            yield model
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _labelled(

@@ -20,8 +20,8 @@ passages, flawed steps, bridges for people not shown in them. From here on sever
 a passage, facts are also told in full sentences, and remarks also meet problems of one step."""
 
 DRILLS = (25 / 30, 31.5 / 30)
-"""Part of training that is nothing but drills of look-up: beside other text they were not learnt.
-The rest of the world comes back after it (`mix.PHASES`)."""
+"""Part of training that is nothing but drills of look-up. The rest of the world comes back after it
+(`mix.PHASES`)."""
 
 SEED = 20_26
 """Seed of the released world. Another seed is another world with other people, pairs and splits."""

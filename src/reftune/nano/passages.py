@@ -325,6 +325,7 @@ def sample(
     item = passage_item(passage)
     if split != "train" or progress is None or progress < DENSE_FROM:
         return item
+    # A drill takes the place of a passage already drawn: the released weights saw this order
     stage = (progress - DRILLS[0]) / (DRILLS[1] - DRILLS[0])
     if 0 <= stage < 1 or (stage >= 1 and rng.random() < DRILL_SHARE):
         return replace(drill(rng, split, stage), weight=DENSE_WEIGHT)

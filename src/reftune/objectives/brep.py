@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from reftune.errors import AdapterError, RecipeError, TrainingError
 from reftune.objectives import prefixes, restraint
 from reftune.objectives.base import Loss, Objective, ObjectiveConfig, share_of
+from reftune.objectives.restraint import Pid
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,21 +59,21 @@ class BrepConfig(ObjectiveConfig):
     """Length of a bias vector, before `limit`."""
     limit: float = 0.8
     """Share of `target` that is aimed at: τ = target · limit."""
-    weight_start: float = 0.1
+    weight_start: float = Pid.weight
     """Loss weight ω at the start; without `pid` it stays so."""
-    weight_min: float = 1e-5
+    weight_min: float = Pid.low
     """Least ω."""
-    weight_max: float = 0.1
+    weight_max: float = Pid.high
     """Largest ω. As published it equals the start, so that ω can only fall at first."""
-    k_p: float = 0.1
+    k_p: float = Pid.k_p
     """Gain of the error τ − mean length."""
-    k_i: float = 1e-4
+    k_i: float = Pid.k_i
     """Gain of its sum."""
-    k_d: float = 0.01
+    k_d: float = Pid.k_d
     """Gain of its change."""
-    gain: float = 5.0
+    gain: float = Pid.gain
     """Factor on all three."""
-    every: int = 4
+    every: int = Pid.every
     """Optimiser steps between two corrections of ω."""
     hinge_weight: float = 1.0
     """Factor λ of the penalty of `hinge`; ω does not weigh it."""
@@ -140,7 +141,7 @@ class Brep(Objective):
         self.target = own.target * own.limit
         self.vectors: list[nn.Parameter] = []
         self.row_weight = PUBLISHED_WEIGHT
-        self.pid = restraint.Pid(
+        self.pid = Pid(
             weight=PUBLISHED_WEIGHT if own.reference_quirks else own.weight_start,
             low=own.weight_min,
             high=own.weight_max,

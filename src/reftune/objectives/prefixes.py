@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from reftune.model.passes import IGNORE
+
 if TYPE_CHECKING:
     from reftune.training.encode import Encoded
 
-IGNORE = -100
 PAD = 0
 """Token the published code fills rows with, whatever the tokenizer."""
 

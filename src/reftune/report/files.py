@@ -43,6 +43,16 @@ def replacing(path: str | os.PathLike[str], suffix: str = "") -> Iterator[Path]:
         raise
 
 
+def standing(path: str | os.PathLike[str]) -> Path:
+    """Return a path, or the first folder above it that is there.
+
+    >>> standing("/no-such-folder/runs/x")
+    PosixPath('/')
+    """
+    place = Path(path).expanduser().absolute()
+    return next(there for there in (place, *place.parents) if there.exists())
+
+
 def write_text_atomic(path: str | os.PathLike[str], text: str) -> Path:
     """Write a UTF-8 text file, whole or not at all.
 

@@ -8,14 +8,22 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reftune.report.files import replacing
+from reftune.report.drawing import (
+    BASE_COLOUR,
+    COLOURS,
+    FAINT,
+    INK,
+    headline,
+    percent,
+    save,
+    tiles,
+)
 from reftune.report.model import Figure
-from reftune.report.plots import BASE_COLOUR, COLOURS, FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_WIDE, _HIGH = 4.6, 3.0
+_WIDE, _HIGH = 4.9, 3.4
 _APART = 0.06
 """Distance of two lines whose intervals are whiskers."""
 
@@ -57,40 +65,23 @@ def draw(
         title: Title of the picture.
         columns: Panels a row.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
-    columns = min(columns, len(panels))
-    rows = -(-len(panels) // columns)
-    canvas = Canvas(figsize=(_WIDE * columns + 0.6, _HIGH * rows + 0.7), layout="constrained")
-    FigureCanvasAgg(canvas)
-    places = canvas.subplots(rows, columns, squeeze=False).flatten()
+    canvas, places = tiles(len(panels), _WIDE, _HIGH, columns)
     names = list(dict.fromkeys(name for panel in panels for name in panel.lines))
     others = [name for name in names if name != "base"]
     colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(others)}
     for axes, panel in zip(places, panels):
         _panel(axes, panel, colours)
-    for axes in places[len(panels) :]:
-        axes.set_axis_off()
     handles, labels = places[0].get_legend_handles_labels()
     if len(labels) > 1:
         look = {"frameon": False, "fontsize": 8.5, "ncols": min(len(labels), 1 + columns)}
         canvas.legend(handles, labels, loc="outside lower left", **look)
-    canvas.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, fontweight="bold")
-    path = Path(path)
-    form = path.suffix.lstrip(".") or "png"
-    with replacing(path) as temporary:
-        canvas.savefig(temporary, format=form, dpi=150, facecolor="white")
-    return path
+    headline(canvas, title)
+    return save(canvas, path)
 
 
 def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
-    from matplotlib.ticker import MaxNLocator, PercentFormatter
+    from matplotlib.ticker import MaxNLocator
 
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(BASE_COLOUR)
     for index, (name, points) in enumerate(panel.lines.items()):
         apart = 0.0 if panel.bands else _APART * (index - (len(panel.lines) - 1) / 2)
         _line(axes, name, points, colours.get(name, BASE_COLOUR), apart, panel.bands)
@@ -99,7 +90,7 @@ def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         axes.axhline(figure.mean, label=name, color=INK, linestyle=style, linewidth=1.0)
     figures = [figure for points in panel.lines.values() for _, figure in points]
     if all(figure.unit == "share" for figure in figures):
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        percent(axes.yaxis)
         axes.set_ylim(-0.03, 1.03)
     elif panel.limits is not None:
         axes.set_ylim(*panel.limits)
@@ -107,7 +98,7 @@ def _panel(axes: Axes, panel: Panel, colours: Mapping[str, str]) -> None:
         axes.set_xticks(list(panel.names), list(panel.names.values()))
     else:
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(colors=INK, length=3, labelsize=8.5)
+    axes.tick_params(labelsize=8.5)
     axes.grid(color=FAINT, linewidth=0.7)
     axes.set_title(panel.title, loc="left", fontsize=9.5, color=INK)
     axes.set_xlabel(panel.along, color=INK, fontsize=9)

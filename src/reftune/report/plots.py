@@ -1,7 +1,6 @@
 """Plots of figures: bars with intervals, training curves, and a forest plot of many results.
 
-They are drawn without a display and without matplotlib's global state, so that a library user's own
-figures are left alone.
+`reftune.report.drawing` says how they look.
 """
 
 from __future__ import annotations
@@ -11,25 +10,19 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from os import PathLike
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from reftune.report.files import replacing
+from reftune.report.drawing import BASE_COLOUR, COLOURS, FAINT, INK, caption, percent, save, sheet
 from reftune.report.model import BASELINES, Figure, Report, ResultRow
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-    from matplotlib.figure import Figure as Canvas
 
 log = logging.getLogger(__name__)
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D1F", "#444444")
-"""Told apart by people with any colour vision (Okabe and Ito)."""
-BASE_COLOUR = "#9AA0A6"
 DODGE = 0.008
 """Distance of lines in a picture over an axis, as a share of its length."""
 MANY = 5
 """More lines than this have their legend beside the picture."""
-INK, FAINT = "#222222", "#D5D8DC"
 
 Points = Sequence[tuple[float, float]]
 
@@ -50,7 +43,7 @@ def bars(
         title: Title.
         label: Name of the value axis.
     """
-    canvas, axes = _canvas(max(4.0, 1.1 * len(figures) + 1.5), 3.6)
+    canvas, (axes,) = sheet(max(4.0, 1.1 * len(figures) + 1.5), 3.6)
     shares = all(figure.unit == "share" for figure in figures.values())
     highest = max([_top(figure) for figure in figures.values()], default=1.0)
     limit = 1.08 if shares and highest > 0.85 else highest * 1.2 or 1.0
@@ -80,9 +73,10 @@ def bars(
     _turn_long_labels(axes, list(figures))
     axes.set_ylim(0, limit)
     axes.grid(axis="y", color=FAINT, linewidth=0.7, zorder=0)
-    _percent(axes.yaxis, shares)
-    _label(axes, title, "", label)
-    return _save(canvas, path)
+    if shares:
+        percent(axes.yaxis)
+    caption(axes, title, "", label)
+    return save(canvas, path)
 
 
 def curves(
@@ -101,7 +95,7 @@ def curves(
         label: Name of the value axis.
         along: Name of the other axis.
     """
-    canvas, axes = _canvas(6.0, 3.6)
+    canvas, (axes,) = sheet(6.0, 3.6)
     for index, (name, points) in enumerate(series.items()):
         colour = COLOURS[index % len(COLOURS)]
         steps, values = [p[0] for p in points], [p[1] for p in points]
@@ -114,8 +108,8 @@ def curves(
     axes.grid(color=FAINT, linewidth=0.7)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
-    _label(axes, title, along, label)
-    return _save(canvas, path)
+    caption(axes, title, along, label)
+    return save(canvas, path)
 
 
 def forest(path: str | PathLike[str], rows: Sequence[ResultRow], title: str = "") -> Path:
@@ -128,7 +122,7 @@ def forest(path: str | PathLike[str], rows: Sequence[ResultRow], title: str = ""
     """
     done = sorted((row for row in rows if not row.is_open), key=lambda row: row.mean)
     names = [row for row in rows if row.is_open] + done
-    canvas, axes = _canvas(6.4, max(1.8, 0.3 * len(names) + 1.1))
+    canvas, (axes,) = sheet(6.4, max(1.8, 0.3 * len(names) + 1.1))
     shares = all(row.unit == "share" for row in done)
     methods = list(dict.fromkeys(row.method for row in rows if row.method not in BASELINES))
     for place, row in enumerate(names):
@@ -150,10 +144,11 @@ def forest(path: str | PathLike[str], rows: Sequence[ResultRow], title: str = ""
     axes.set_ylim(-0.7, len(names) - 0.3)
     axes.margins(x=0.12)
     axes.grid(axis="x", color=FAINT, linewidth=0.7)
-    _percent(axes.xaxis, shares)
+    if shares:
+        percent(axes.xaxis)
     metric = next((row.metric for row in rows if row.metric), "")
-    _label(axes, title, metric, "")
-    return _save(canvas, path)
+    caption(axes, title, metric, "")
+    return save(canvas, path)
 
 
 def over(path: str | PathLike[str], rows: Sequence[ResultRow], axis: str, title: str = "") -> Path:
@@ -169,7 +164,7 @@ def over(path: str | PathLike[str], rows: Sequence[ResultRow], axis: str, title:
         axis: Key of `x`, such as `epochs`.
         title: Title.
     """
-    canvas, axes = _canvas(6.4, 4.0)
+    canvas, (axes,) = sheet(6.4, 4.0)
     done = [row for row in rows if not row.is_open]
     names = dict.fromkeys(row.line for row in done if axis in row.x)
     where = [row.x[axis] for row in done if axis in row.x]
@@ -197,12 +192,13 @@ def over(path: str | PathLike[str], rows: Sequence[ResultRow], axis: str, title:
         axes.axhline(0, color=INK, linewidth=0.8)
     if is_wide:
         _logarithmic(axes, sorted(set(where)))
-    _percent(axes.yaxis, all(row.unit == "share" for row in done))
+    if all(row.unit == "share" for row in done):
+        percent(axes.yaxis)
     axes.grid(color=FAINT, linewidth=0.7)
     beside = {"loc": "center left", "bbox_to_anchor": (1.01, 0.5)} if len(names) > MANY else {}
     axes.legend(frameon=False, fontsize=8.5, **beside)
-    _label(axes, title, axis.replace("_", " "), next(row.metric for row in done).replace("_", " "))
-    return _save(canvas, path)
+    caption(axes, title, axis.replace("_", " "), next(row.metric for row in done).replace("_", " "))
+    return save(canvas, path)
 
 
 def _at(axis: str) -> Callable[[ResultRow], float]:
@@ -264,7 +260,7 @@ def plot_metrics(
     series = [part for part in series if part]
     if not series:
         return None
-    canvas, *places = _canvas(6.0, 1.0 + 1.7 * len(series), len(series))
+    canvas, places = sheet(6.0, 1.0 + 1.7 * len(series), len(series), share_x=True)
     for axes, part in zip(places, series):
         for index, (name, points) in enumerate(part.items()):
             steps, values = zip(*points)
@@ -277,9 +273,9 @@ def plot_metrics(
         axes.legend(frameon=False, fontsize=8)
     for axes in places[:-1]:
         axes.tick_params(labelbottom=False)
-    _label(places[0], title, "", "")
+    caption(places[0], title, "", "")
     places[-1].set_xlabel("step", color=INK)
-    return _save(canvas, path)
+    return save(canvas, path)
 
 
 def read_metrics(path: str | PathLike[str], key: str) -> list[tuple[float, float]]:
@@ -320,45 +316,6 @@ def smooth(values: Sequence[float], weight: float = 0.9) -> list[float]:
         total, norm = weight * total + value, weight * norm + 1.0
         found.append(total / norm)
     return found
-
-
-def _canvas(width: float, height: float, panels: int = 1) -> tuple[Any, ...]:
-    """Return a canvas and its axes, one below the other along one x axis."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as MplFigure
-
-    canvas = MplFigure(figsize=(width, height), layout="constrained")
-    FigureCanvasAgg(canvas)
-    places = canvas.subplots(panels, 1, sharex=True, squeeze=False)[:, 0]
-    for axes in places:
-        for side in ("top", "right"):
-            axes.spines[side].set_visible(False)
-        for side in ("left", "bottom"):
-            axes.spines[side].set_color(BASE_COLOUR)
-        axes.tick_params(colors=INK, length=3)
-        axes.set_axisbelow(True)
-    return canvas, *places
-
-
-def _save(canvas: Canvas, path: str | PathLike[str]) -> Path:
-    path = Path(path)
-    form = path.suffix.lstrip(".") or "png"
-    with replacing(path) as temporary:
-        canvas.savefig(temporary, format=form, dpi=160, facecolor="white")
-    return path
-
-
-def _label(axes: Axes, title: str, across: str, up: str) -> None:
-    axes.set_title(title, loc="left", fontsize=11, color=INK, fontweight="bold")
-    axes.set_xlabel(across, color=INK)
-    axes.set_ylabel(up, color=INK)
-
-
-def _percent(axis: object, shares: bool) -> None:
-    from matplotlib.ticker import PercentFormatter
-
-    if shares:
-        axis.set_major_formatter(PercentFormatter(1.0, decimals=0))
 
 
 def _whisker(axes: Axes, figure: Figure, place: float) -> None:

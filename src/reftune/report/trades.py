@@ -7,9 +7,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reftune.report.files import replacing
+from reftune.report.drawing import (
+    BASE_COLOUR,
+    COLOURS,
+    FAINT,
+    INK,
+    headline,
+    percent,
+    save,
+    tiles,
+)
 from reftune.report.model import BASELINES, ResultRow
-from reftune.report.plots import BASE_COLOUR, COLOURS, FAINT, INK
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -45,30 +53,17 @@ def trades(
         kept: The metrics that must not be harmed, one a panel.
         title: Title.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure as Canvas
-
     pairs = {metric: _pairs(rows, metric, gained) for metric in kept}
     pairs = {metric: found for metric, found in pairs.items() if len(found) > 1}
     if not pairs:
         return None
-    columns = min(2, len(pairs))
-    lines = -(-len(pairs) // columns)
-    canvas = Canvas(figsize=(5.2 * columns, 3.9 * lines), layout="constrained")
-    FigureCanvasAgg(canvas)
-    places = canvas.subplots(lines, columns, squeeze=False).flatten()
+    canvas, places = tiles(len(pairs), 5.2, 3.9)
     for axes, (metric, found) in zip(places, pairs.items()):
         _panel(axes, found)
         axes.set_xlabel(metric.replace("_", " "), color=INK)
         axes.set_ylabel(gained.replace("_", " "), color=INK)
-    for axes in places[len(pairs) :]:
-        axes.set_axis_off()
-    canvas.suptitle(title, x=0.01, ha="left", fontsize=11, color=INK, fontweight="bold")
-    path = Path(path)
-    with replacing(path) as temporary:
-        form = path.suffix.lstrip(".") or "png"
-        canvas.savefig(temporary, format=form, dpi=150, facecolor="white")
-    return path
+    headline(canvas, title)
+    return save(canvas, path)
 
 
 def _pairs(rows: Iterable[ResultRow], across: str, up: str) -> list[Pair]:
@@ -81,10 +76,7 @@ def _pairs(rows: Iterable[ResultRow], across: str, up: str) -> list[Pair]:
 
 
 def _panel(axes: Axes, pairs: Sequence[Pair]) -> None:
-    from matplotlib.ticker import PercentFormatter
-
     axes.grid(color=FAINT, linewidth=0.7)
-    axes.set_axisbelow(True)
     for index, ((line, place), points) in enumerate(_joined(pairs).items()):
         at = [(across.mean, up.mean) for across, up in points]
         colour = COLOURS[index % len(COLOURS)]
@@ -92,14 +84,10 @@ def _panel(axes: Axes, pairs: Sequence[Pair]) -> None:
     for across, up in pairs:
         _point(axes, across, up)
     if all(row.unit == "share" for pair in pairs for row in pair):
-        axes.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        axes.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        percent(axes.xaxis)
+        percent(axes.yaxis)
     axes.margins(0.12)
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(BASE_COLOUR)
-    axes.tick_params(colors=INK, length=3, labelsize=8.5)
+    axes.tick_params(labelsize=8.5)
     if axes.get_legend_handles_labels()[1]:
         axes.legend(frameon=False, fontsize=8)
 

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from reftune.model import causal, cutting
 from reftune.model.lookup import placed
 from reftune.model.sites import base_of
+from reftune.report.files import standing
 from reftune.training.constants import DiskStore, Store
 from reftune.training.plan import SAMPLE, Plan, Settings, make_plan, size_text, with_mode
 from reftune.training.processes import (
@@ -241,7 +242,7 @@ def _slow_disk(
     suffix = cutting.split(model, batch)
     if suffix is None:
         return None
-    with tempfile.TemporaryDirectory(dir=_existing(folder)) as place:
+    with tempfile.TemporaryDirectory(dir=standing(folder)) as place:
         source = Stored(model, Store(math.inf), plan.start, around)
         source(suffix)  # once before the clock runs
         source = Stored(model, Store(math.inf), plan.start, around)
@@ -260,14 +261,6 @@ def _slow_disk(
         return None
     rate = size_text(source.store.nbytes / max(reading, 1e-9))
     return f"the disk reads {rate} a second: computing constants again is faster"
-
-
-def _existing(folder: Path) -> Path:
-    """Return the first folder above that is there."""
-    there = folder.expanduser().absolute()
-    while not there.exists():
-        there = there.parent
-    return there
 
 
 def _flush(file: Path) -> None:

@@ -23,7 +23,7 @@ from reftune.model import cutting
 from reftune.model.lookup import blocks_of, placed
 from reftune.model.obstacles import model_obstacle, obstacle, start_obstacle
 from reftune.model.sites import base_of
-from reftune.report.files import write_json_atomic
+from reftune.report.files import standing, write_json_atomic
 
 if TYPE_CHECKING:
     from reftune.model.run import Prepared
@@ -70,10 +70,7 @@ class Settings:
             return self.budget
         if self.folder is None:
             return MEMORY_SHARE * free_memory()
-        there = self.folder.expanduser().absolute()
-        while not there.exists():
-            there = there.parent
-        return MEMORY_SHARE * shutil.disk_usage(there).free
+        return MEMORY_SHARE * shutil.disk_usage(standing(self.folder)).free
 
 
 @dataclass
