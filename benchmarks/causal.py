@@ -24,6 +24,7 @@ causal, and writes the page.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import sys
@@ -133,6 +134,11 @@ class Trained:
         self.optimiser.zero_grad(set_to_none=True)
         return loss.item()
 
+    def check(self, name: str) -> None:
+        """Raise RuntimeError if a store computed constants again that it should have kept."""
+        if self.mode == "store" and self.runner.source.store.misses > self.runner.source.store.hits:
+            raise RuntimeError(f"{name} finds little in its store: something changes its model")
+
     def seconds(self) -> float:
         """Return the seconds of one step."""
         from harness import timed
@@ -163,7 +169,7 @@ def with_loreft(base: Any, name: str) -> Any:
 
 def contenders(base: Any, settings: Any, args: argparse.Namespace) -> dict[str, Trained]:
     """Return everything that trains at one prompt and answer length."""
-    from harness import random_batch, sharing, with_lora
+    from harness import random_batch, with_lora
 
     device = settings.device
     batch = random_batch(settings)
@@ -171,7 +177,8 @@ def contenders(base: Any, settings: Any, args: argparse.Namespace) -> dict[str, 
     plain = {k: v for k, v in batch.items() if k != "prompt_lens"}
     found = {LORA: Trained(with_lora(base), [plain], "plain", device)}
     if not args.without_full and not args.quick:
-        found[FULL] = Trained(sharing(base), [plain], "plain", device)
+        # A copy: its steps would change the weights of all others, and no constant would last
+        found[FULL] = Trained(copy.deepcopy(base), [plain], "plain", device)
     for name in dict.fromkeys(["a", *args.sets]):
         modes = ("plain", "lean") if name == "a" else ("plain", "lean", "recompute", "store")
         for mode in modes:
@@ -188,6 +195,8 @@ def step_rows(base: Any, settings: Any, args: argparse.Namespace, rounds: int) -
     models = contenders(base, settings, args)
     samples = take_turns({name: m.seconds for name, m in models.items()}, rounds)
     peaks = {name: model.peak() for name, model in models.items()}
+    for name, model in models.items():
+        model.check(name)
     rows = []
     for name in models:
         row = {

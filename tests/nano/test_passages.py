@@ -197,6 +197,37 @@ def test_joins_follow_from_two_sentences():
         assert {answer for _, answer in answers} == {item.gold}, item
 
 
+@pytest.mark.parametrize("form", ["open", "yes_no"])
+def test_a_reason_alone_settles_the_question(form):
+    """Everything that was asked of the passage follows from the quoted sentences."""
+    for kind in (1, 2):
+        for found in _draw(150, kind=kind, form=form, split="test"):
+            assert found.reason and _answers(_read(found.reason), found.question) == {found.gold}
+    for found in _draw(300, kind=3, form=form, split="test"):
+        first, second = re.findall(r"[^.]+\.", found.reason)
+        assert first.strip() in found.passage and second.strip() in found.passage
+        words = found.question.rstrip("?").split()
+        if form == "open":
+            assert found.gold in second
+        else:
+            colour = "something" in words
+            asked, start = (words[1], words[-1]) if colour else (words[-1], words[-4])
+            assert start in first
+            assert (asked in second) == (found.gold == "yes")
+    for found in _draw(400, kind=4, form=form, split="test"):
+        said = [text.strip() for text in re.findall(r"[^.]+\.", found.reason)]
+        quoted = [text for text in said if text.rstrip(".").lower() not in COUNT]
+        assert len(set(quoted)) == len(quoted) and all(text in found.passage for text in quoted)
+        if len(said) == len(quoted):
+            assert len(quoted) == 2 and re.search("more|fewer", found.question)
+            continue
+        asked = re.findall(r"\w+", found.question)
+        for value in {text.rstrip(".").split()[-1] for text in quoted}:
+            there = [t for t in re.findall(r"[^.]+\.", found.passage) if t.endswith(f" {value}.")]
+            last = max(place for place, text in enumerate(said) if text.endswith(f" {value}."))
+            assert value in asked and COUNT[said[last + 1].rstrip(".").lower()] == len(there)
+
+
 def test_counts_and_comparisons_are_right():
     for item in _draw(300, kind=4, progress=1.0):
         state = _read(item.passage)

@@ -88,6 +88,23 @@ def test_passages_open():
         make("passages", kind=7)
 
 
+@pytest.mark.parametrize("form", ["yes_no", "open"])
+def test_passages_with_reasons(form):
+    task = make("passages", form=form, why=True, test_size=100)
+    examples = task.load("test")
+    assert task.kind == "generation" and gold_accuracy(task, examples) == 1.0
+    for example in examples:
+        assert example.question.endswith(" Say why.")
+        reason, _, answer = example.target.removesuffix(".").rpartition(". ")
+        assert len(reason) > len(answer)
+        # Only the last sentence is the answer, whatever the reason says
+        assert task.score(f"{example.target} Fog.", example)["accuracy"] == 0.0
+        assert task.score(f" Well. {answer}.", example)["accuracy"] == 1.0
+    assert len({e.choices for e in examples}) == 1, "the majority answer needs the choices"
+    with pytest.raises(RecipeError, match="why asks for sentences of the passage"):
+        make("passages", why=True, passage=False)
+
+
 @pytest.mark.parametrize("kind", ["recall", "one_hop", "unknown", "mix"])
 def test_facts(kind):
     task = make("facts", kind=kind, test_size=60, train_size=60)

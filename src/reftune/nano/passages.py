@@ -23,6 +23,7 @@ from dataclasses import replace
 from reftune.nano.item import DENSE_FROM, DRILLS, Item, Split
 from reftune.nano.item import split as split_of
 from reftune.nano.passages_plans import (
+    COUNT_WORDS,
     Form,
     Passage,
     Plan,
@@ -235,6 +236,39 @@ def _open_share(progress: float) -> float:
     return 0.7 if DENSE_FROM <= progress < REPEAT[1] else 0.5
 
 
+def _reason(plan: Plan, facts: list[Fact]) -> str:
+    """Return the sentences that settle a question: of a chain in its order, counted ones with a
+    tally (`Anna is in the hall. One. Ben is in the hall. Two.`).
+    """
+    topic, s, v = plan.topic, plan.words.get("s", ""), plan.words.get("v", "")
+    if topic in JOINS:
+        chain = dict(code.removeprefix(f"{topic}:").split("-") for code, _ in facts if "-" in code)
+        ends = (s, chain[s]), (chain[s], chain[chain[s]])
+        told = dict(facts)
+        return " ".join(told[f"{topic}:{a}-{b}"] for a, b in ends)
+    if topic in COUNTS:
+        return _tally(facts, f"{COUNTS[topic][0]}:", v)
+    if topic == "crowd":
+        return " ".join(_tally(facts, "at:", plan.words[place]) for place in ("s", "t"))
+    if topic in MORE_CHECKS:
+        compared = [f"number:{plan.words[name]}=" for name in ("s", "t")]
+        return " ".join(
+            told for start in compared for code, told in facts if code.startswith(start)
+        )
+    starts = tuple(f"{topic}:{s}{sign}" for sign in "=!:")
+    return " ".join(told for code, told in facts if code.startswith(starts))
+
+
+def _tally(facts: list[Fact], relation: str, value: str) -> str:
+    """Return the sentences in which something has a value, each with how many there are by then."""
+    found = [
+        sentence
+        for code, sentence in facts
+        if code.startswith(relation) and code.endswith(f"={value}")
+    ]
+    return " ".join(f"{said} {COUNT_WORDS[i].capitalize()}." for i, said in enumerate(found, 1))
+
+
 # --- the two doors ------------------------------------------------------------------------------
 
 
@@ -293,7 +327,8 @@ def sample_passage(
         # Two sentences about one question may have no key on this side at all.
         length += attempts % 20 == 0 and length < MAX_SENTENCES
     text = " ".join(sentence for _, sentence in facts)
-    return Passage(text, plan.question, plan.answer, plan.gold, kind, form, key, len(facts))
+    reason = _reason(plan, facts)
+    return Passage(text, plan.question, plan.answer, plan.gold, kind, form, key, len(facts), reason)
 
 
 def passage_item(passage: Passage) -> Item:

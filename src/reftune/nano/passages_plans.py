@@ -38,6 +38,7 @@ class Passage:
         form: `open` or `yes_no`.
         key: Kind and sorted facts.
         length: Number of sentences.
+        reason: Sentences of the passage that settle the question; counted ones with a tally.
     """
 
     passage: str
@@ -48,6 +49,7 @@ class Passage:
     form: Form
     key: tuple[str, ...]
     length: int
+    reason: str = ""
 
 
 @dataclass

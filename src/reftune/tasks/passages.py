@@ -4,6 +4,9 @@ Kinds: 1 stated, 2 denied or changed later, 3 two sentences joined, 4 counted or
 model is good at 1 and 2, weak at 3 and was never shown 4. Yes/no questions are balanced, and are
 scored by comparing ` Yes.` with ` No.` and by the leading word of greedy text. `passage: false`
 asks the same questions without their passages, for a baseline.
+
+`why: true` asks for the sentences that settle the question before the answer; counted ones carry a
+tally. Then nothing is compared by probability, and the last sentence of greedy text is scored.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import ClassVar, Literal
 
 from reftune.errors import RecipeError
 from reftune.nano import passages
+from reftune.nano.passages_turns import WHY
 from reftune.rewards import Rule
 from reftune.rewards.choice import BOOLEAN
 from reftune.rewards.exact import CONTAINS
@@ -34,6 +38,8 @@ class Options(world.Options):
     """Yes/no questions, or open look-ups."""
     passage: bool = True
     """Whether the passage stands in the prompt; false is the question-only baseline."""
+    why: bool = False
+    """Answer with the sentences that settle the question first, as `Say why.` asks for."""
 
 
 class Passages(World):
@@ -55,7 +61,15 @@ class Passages(World):
                 f"Task passages: kind {wrong or 'empty'} is not among {passages.KINDS}.",
                 "Set task.options.kind to one or more of them.",
             )
-        self.kind = "choice" if self.options.form == "yes_no" else "generation"
+        self.is_check = self.options.form == "yes_no"
+        self.kind = "choice" if self.is_check and not self.options.why else "generation"
+        if self.options.why:
+            self.max_new_tokens = 64
+            if not self.options.passage:
+                raise RecipeError(
+                    "Task passages: why asks for sentences of the passage, and passage is false.",
+                    "Set task.options.why to false as well.",
+                )
 
     def rows_of(self, split: Split) -> list[Example]:
         """Return freshly drawn passages; the facts of the splits never meet."""
@@ -70,16 +84,19 @@ class Passages(World):
 
     def _example(self, split: Split, index: int, drawn: passages.Passage) -> Example:
         question = f"{drawn.passage} {drawn.question}" if self.options.passage else drawn.question
+        target = drawn.answer
+        if self.options.why:
+            question, target = question + WHY, f"{drawn.reason} {target}"
         meta = {"kind": drawn.kind, "question": drawn.question, "keep": drawn.question}
-        if self.kind != "choice":
-            return self.row(split, index, question, drawn.answer, drawn.gold, meta=meta)
+        if not self.is_check:
+            return self.row(split, index, question, target, drawn.gold, meta=meta)
         label = 0 if drawn.gold == "yes" else 1
         # With the space in chat form too: nano's chat template writes one before an answer.
         return self.row(
             split,
             index,
             question,
-            drawn.answer,
+            target,
             drawn.gold,
             choices=_ANSWERS,
             label=label,
@@ -88,12 +105,18 @@ class Passages(World):
 
     def extract(self, text: str, example: Example) -> str | None:
         """Return the answer in a text: true or false, or the text itself for open questions."""
-        return self._rule.extract(text)
+        return self._rule.extract(self._answer(text))
 
     def score(self, text: str, example: Example) -> dict[str, float]:
         """Return the accuracy of one generated text."""
-        return {"accuracy": self._rule.reward(text, example.answer)}
+        return {"accuracy": self._rule.reward(self._answer(text), example.answer)}
+
+    def _answer(self, text: str) -> str:
+        """Return the text, or its last sentence where reasons come first."""
+        if not self.options.why:
+            return text
+        return text.strip().removesuffix(".").rpartition(". ")[2]
 
     @property
     def _rule(self) -> Rule:
-        return BOOLEAN if self.kind == "choice" else CONTAINS
+        return BOOLEAN if self.is_check else CONTAINS

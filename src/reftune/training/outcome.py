@@ -115,12 +115,13 @@ def _majority(run: Run) -> dict[str, Figure]:
 
     task, examples = _sets(run)[""]
     trained = run.data.splits["train"]
-    if task.kind != "choice" or len({e.choices for e in (*trained, *examples)}) != 1:
+    if not examples[0].choices or len({e.choices for e in (*trained, *examples)}) != 1:
         return {}
     right = majority([*map(gold_choice, trained)], [*map(gold_choice, examples)])
     low, high = wilson(sum(right), len(right))
     figure = Figure(mean=sum(right) / len(right), n=len(right), low=low, high=high)
-    return {f"majority_{name}": figure for name in (task.metric, "choice_accuracy")}
+    names = (task.metric, "choice_accuracy") if task.kind == "choice" else (task.metric,)
+    return {f"majority_{name}": figure for name in names}
 
 
 def _sets(run: Run) -> dict[str, tuple[Task, list[Example]]]:
