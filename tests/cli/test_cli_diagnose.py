@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-QUICK = ("--limit", 3, "--tokens", "0,2", "--probe-rows", 24, "--max-new-tokens", 4)
+QUICK = ("--size", 3, "--tokens", "0,2", "--probe-rows", 24, "--max-new-tokens", 4)
 NONE = ("--set", "evaluation.split=none", "--set", "max_steps=1")
 
 
@@ -83,7 +83,7 @@ def test_answers_are_as_long_as_in_the_run_unless_the_task_is_another(
     assert code == 0, err
     run = ("diagnose", "reasoning", "runs/seven")
     for words in ((), ("--max-new-tokens", 3), ("--task", "families", "--batch-size", 2)):
-        assert cli(*run, "--limit", 4, "--tokens", "8,0", *words)[0] == 130
+        assert cli(*run, "--size", 4, "--tokens", "8,0", *words)[0] == 130
     assert asked == [(7, 32, 4, [0, 8]), (3, 32, 4, [0, 8]), (None, 2, 4, [0, 8])]
 
 
@@ -95,7 +95,7 @@ def test_what_cannot_be_diagnosed(cli, trained, model_folder, monkeypatch):
     for words, code, text in (
         (("diagnose", "reasoning", "runs/nope"), 4, 'folder "runs/nope" does not exist'),
         (("diagnose", "reasoning", model_folder), 4, "has no adapter to compare with its base"),
-        ((*run, "--limit", 0), 2, "'--limit': "),
+        ((*run, "--size", 0), 2, "'--size': "),
         ((*run, "--tokens", "4,x"), 2, '--tokens is "4,x"'),
         ((*run, "--tokens", "-4"), 2, "First tokens to hand over: -4"),
         ((*run, "--numbers", "sums"), 2, 'no numbers "sums"'),
@@ -118,7 +118,7 @@ def test_an_adapter_without_a_run_needs_a_task(cli, trained):
 
 
 def test_a_task_without_numbers(cli, trained):
-    words = ("--numbers", "task", "--task", "facts", "--limit", 30)
+    words = ("--numbers", "task", "--task", "facts", "--size", 30)
     code, _, err = cli("diagnose", "reasoning", trained, *words)
     assert code == 3 and "prompts hold two numbers above 0; probes need 24" in err
 

@@ -36,7 +36,7 @@ def diagnose(context: typer.Context) -> None:
 
     Example:
 
-        reftune diagnose reasoning runs/demo --limit 100
+        reftune diagnose reasoning runs/demo --size 100
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
@@ -50,7 +50,7 @@ def reasoning(
         str | None,
         typer.Option("--task", "-t", help="Task, or a data file. Default: the run's own task."),
     ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="Answer at most this many rows.")] = 200,
+    size: Annotated[int, typer.Option(min=1, help="Answer at most this many rows.")] = 200,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     option: TaskOption = None,
     data_dir: DataDirOption = None,
@@ -73,7 +73,7 @@ def reasoning(
     Examples:
 
         reftune diagnose reasoning runs/demo                           # on the run's own task
-        reftune diagnose reasoning runs/demo --task families --option group=known --limit 100
+        reftune diagnose reasoning runs/demo --task families --option group=known --size 100
         reftune diagnose reasoning runs/lora --tokens 0,4,8 --numbers task --json
 
     **Prefix quality.** The adapter writes the first m tokens of each answer and the base goes on,
@@ -100,8 +100,8 @@ def reasoning(
     recipe = run_recipe(adapter)
     if split not in ("test", "validation"):
         raise RecipeError(f'There is no split "{split}" to diagnose.', "Use test or validation.")
-    spec = task_of_run(task, recipe, data_dir, changes_of(None, option), limit, split)
-    place = [adapter, spec.name, split, f"n{limit}", f"seed{seed}", *(option or [])]
+    spec = task_of_run(task, recipe, data_dir, changes_of(None, option), size, split)
+    place = [adapter, spec.name, split, f"n{size}", f"seed{seed}", *(option or [])]
     folder = Path(output) if output else Path("runs/diagnoses") / slug(place)
     check_folder(folder, WRITTEN, "a diagnosis")
     made = _made(spec, recipe, split)
