@@ -22,6 +22,8 @@ import yaml
 from docs_parts import ROOT, blocks
 
 from reftune.cli.main import main
+from reftune.config.recipe import StageSpec
+from reftune.config.shipped import find
 
 SHORT = (
     "max_steps=1",
@@ -43,9 +45,23 @@ ADDED = {
     "inspect": (*CHANGES, "--rows", "1"),
     "eval": ("--size", "2", "--max-new-tokens", "2"),
     "generate": ("--max-new-tokens", "2"),
+    "judge": ("--size", "4", "--max-new-tokens", "8"),
     "chat": ("--max-new-tokens", "2"),
 }
 """What is added to each verb."""
+
+
+def _of_stages(recipe: str) -> tuple[str, ...]:
+    """Return CHANGES for a recipe, by stage where it has several of its own."""
+    written = yaml.safe_load(find(recipe).read_text(encoding="utf-8"))
+    count = len(written.get("stages") or ()) if isinstance(written, dict) else 0
+    if count < 2 or "heft" in written:
+        return CHANGES
+    words = []
+    for change in SHORT:
+        own = change.split("=")[0] in StageSpec.__dataclass_fields__
+        words += [f"stages.{i}.{change}" for i in range(count)] if own else [change]
+    return tuple(word for change in words for word in ("--set", change))
 
 
 class Desk:
@@ -122,7 +138,10 @@ class Desk:
             found += sorted(map(str, Path().glob(word))) if "*" in word else [word]
         asked = {"--resume", "--dry-run", "--overwrite"} & set(found)
         more = ["--overwrite"] if verb == "train" and not asked else []
-        return [verb, *found, *ADDED.get(verb, ()), *more]
+        added = ADDED.get(verb, ())
+        if added is CHANGES and found:
+            added = _of_stages(found[0])
+        return [verb, *found, *added, *more]
 
     def _prepare(self, words: list[str]) -> None:
         """Make what earlier pages, or the reader, made: runs by their names, pyreft's folder."""

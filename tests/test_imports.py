@@ -25,7 +25,7 @@ LEVELS = [
 ]
 """A package may import from its own level and from those before it."""
 EVERYWHERE = {"errors", "registry", "config"}
-LEAVES = {"report.files", "report.model", "report.tables", "report.drawing", "report.plots"}
+LEAVES = {f"report.{name}" for name in ("files", "model", "tables", "drawing", "plots", "saliency")}
 """Modules of `report` that everything which writes a run folder uses; they know only each other."""
 LEVEL = {name: i for i, names in enumerate(LEVELS) for name in names}
 

@@ -10,8 +10,14 @@ import torch
 from safetensors.torch import save_file
 from tiny import tiny_llama, tiny_tokenizer
 
-WALKS = (("sft", 22), ("sft", 17), ("brep", 17))
+WALKS = (("sft", 22), ("sft", 17), ("brep", 17), ("nlft", 17))
 """With 17 rows one process has no row at all in the last step of an epoch."""
+
+
+def guides(i: int) -> dict:
+    """Return the guides of a row; few rows have a judgment, so that a process may have none."""
+    judge = {"judge": f"{i}+{i}= no:"} if i % 5 == 0 else {}
+    return {"guides": {"standard": f"{i}+{i}= it is {2 * i}:", **judge}}
 
 
 def walk(out: Path, micro: int, count: int, name: str = "sft") -> None:
@@ -26,13 +32,18 @@ def walk(out: Path, micro: int, count: int, name: str = "sft") -> None:
     from reftune.training.processes import is_main_process, world_size
     from reftune.training.trainer import ReftTrainer
 
-    examples = [Example(str(i), f"{i}+{i}=", f" {2 * i}", "") for i in range(count)]
+    examples = [
+        Example(str(i), f"{i}+{i}=", f" {2 * i}", "", meta=guides(i) if name == "nlft" else {})
+        for i in range(count)
+    ]
     tokenizer = tiny_tokenizer()
     rows = encode_all(examples, tokenizer, 64)
     spec, options = AdapterSpec(options={"rank": 2}, positions="f2+l2"), {}
     if name == "brep":
         spec = AdapterSpec(method="red", site="mlp.up_proj", positions="all")
         options = {"target": 0.05, "every": 1}
+    elif name == "nlft":
+        options = {"sure": 0.02, "ratio": 1.05, "most_wrong": 1.0, "least": 0.0}
     model = apply_adapter(tiny_llama(), spec, 0)
     optimiser = OptimiserSpec(lr=5e-3)
     sizes = {"epochs": 2, "batch_size": 8, "micro_batch_size": micro, "evaluate_every": 2}

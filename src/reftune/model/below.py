@@ -41,6 +41,25 @@ def set_below(model: nn.Module, trained: bool = False) -> None:
 
 
 @contextmanager
+def untrained(model: nn.Module) -> Iterator[None]:
+    """Switch off every adapter that is trained; what is frozen below stays on.
+
+    Weights of the model itself that are trained (full fine-tuning, a head) stay as they are. A
+    frozen adapter of PEFT in the very layer of a trained one goes off with it.
+    """
+    layers = [*sites(model), *foreign_layers(model)]
+    trained = [layer for layer in layers if any(p.requires_grad for p in _own(layer))]
+    before = [layer._disable_adapters for layer in trained]
+    for layer in trained:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, state in zip(trained, before):
+            layer._disable_adapters = state
+
+
+@contextmanager
 def still(model: nn.Module) -> Iterator[None]:
     """Switch dropout off in adapters that are frozen, also in training mode."""
     nested = levels(model)
@@ -64,6 +83,14 @@ def still(model: nn.Module) -> Iterator[None]:
             module.p = rate
         for module, config in edits:
             module.config = config
+
+
+def _own(layer: nn.Module) -> Iterator[nn.Parameter]:
+    """Yield the parameters of an adapter's layer, not those of the module it wraps."""
+    yield from layer.parameters(recurse=False)
+    for name, child in layer.named_children():
+        if name not in ("base_layer", "original_module"):
+            yield from child.parameters()
 
 
 def _dropouts(model: nn.Module, names: set[str]) -> list[nn.Dropout]:

@@ -17,7 +17,11 @@ REGISTRY: Registry[Objective] = Registry(
     {
         "sft": "reftune.objectives.sft:Sft",
         "brep": "reftune.objectives.brep:Brep",
+        "nlft": "reftune.objectives.nlft:Nlft",
         "classification": "reftune.objectives.classification:Classification",
+        "reinforced": "reftune.objectives.reinforced:Reinforced",
+        "carft": "reftune.objectives.carft:Carft",
+        "online_st": "reftune.objectives.online_st:OnlineSt",
     },
 )
 

@@ -8,7 +8,7 @@ ask several times (preference pairs, a reference pass).
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -22,8 +22,10 @@ if TYPE_CHECKING:
 
     from reftune.config.recipe import AdapterSpec
     from reftune.model.run import Prepared, RunOutput
+    from reftune.report.saliency import TokenMap
     from reftune.training.encode import Encoded
 
+    Parts = Iterable[tuple[Sequence[Encoded], Prepared]]
     Run = Callable[..., RunOutput]
 
 
@@ -64,6 +66,8 @@ class Objective(ABC):
     name: ClassVar[str] = ""
     title: ClassVar[str] = ""
     source: ClassVar[str] = ""
+    loop: ClassVar[str] = "supervised"
+    """Which loop trains it: `supervised`, or `online` (see `reftune.objectives.online`)."""
     rows: ClassVar[str] = "text"
     """Rows it trains on: `text` (prompt and target) or `class` (text and class label)."""
     plots: ClassVar[Mapping[str, tuple[tuple[str, ...], ...]]] = {}
@@ -78,7 +82,8 @@ class Objective(ABC):
         """Compute the loss.
 
         Args:
-            run: `run(prepared, hidden=False) -> RunOutput`, the only way to the model.
+            run: `run(prepared, hidden=False, inference=False) -> RunOutput`, the only way to the
+                model; `inference` is without gradients and dropout.
             prepared: One (micro-)batch.
             num_items: `count` summed over the whole optimiser step; None: this batch only.
         """
@@ -115,6 +120,28 @@ class Objective(ABC):
             max_len: Longest row in tokens that may be trained on.
         """
         return list(rows)
+
+    def inform(self, parts: Parts, run: Run) -> list[Encoded] | None:
+        """Return the rows with what the untrained model says of them; None: as they are.
+
+        Called once before training, on training rows and on validation rows. The answer may depend
+        on nothing but the arguments and the settings, as that of `training_rows`.
+
+        Args:
+            parts: Rows in their order, some at a time, each time with the batch they make.
+            run: The model with all that is trained switched off.
+        """
+        return None
+
+    def maps(self, parts: Parts, run: Run, untrained: Run) -> list[TokenMap]:
+        """Return what it says of single tokens of a few rows, to draw in the run folder.
+
+        Args:
+            parts: As for `inform`.
+            run: The trained model.
+            untrained: The model with all adapters off.
+        """
+        return []
 
     def bind(self, trained: Mapping[str, nn.Parameter], sharded: bool = False) -> None:  # noqa: B027
         """Take the parameters that are trained.

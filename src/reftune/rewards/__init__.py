@@ -22,6 +22,9 @@ _TARGETS = {
     "choice_reference": "reftune.rewards.choice:LETTER_REFERENCE",
     "choice_trigger": "reftune.rewards.choice:AFTER_TRIGGER",
     "choice_trigger_reference": "reftune.rewards.choice:AFTER_TRIGGER_REFERENCE",
+    "program": "reftune.rewards.program:NUMBER",
+    "program_reference": "reftune.rewards.program:NUMBER_REFERENCE",
+    "program_choice": "reftune.rewards.program:CHOICE",
     "boolean": "reftune.rewards.choice:BOOLEAN",
 }
 

@@ -16,6 +16,7 @@ _MATH, _COMMON, _GLUE = "reftune.tasks.math", "reftune.tasks.commonsense", "reft
 
 _TARGETS = {
     "own": "reftune.tasks.own:Own",
+    "judged": "reftune.tasks.judged:Judged",
     "families": "reftune.tasks.families:Families",
     "passages": "reftune.tasks.passages:Passages",
     "facts": "reftune.tasks.facts:Facts",

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset, Sampler
 
 from reftune.errors import DataError
 from reftune.training.encode import IGNORE, Encoded, blank
+from reftune.training.guides import collate_guides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,7 +47,8 @@ class Collator:
             `input_ids`, `attention_mask` `[B, T]` long; `labels`: `[B, T]` long with −100 where
             nothing is learned, or classes `[B]`, or decoder targets `[B, U]`; `prompt_lens` `[B]`;
             and where rows have them `intervention_mask` `[B, T]` bool, `select` (list of B tuples
-            or None), `subject_positions` `[B]`, `token_type_ids` `[B, T]`.
+            or None), `subject_positions` `[B]`, `token_type_ids` `[B, T]`, `weights` `[B, T]`
+            float, and `guides`: for each name a batch of the rows that have it, with `rows`.
 
         Raises:
             DataError: If the batch is empty, or only some rows have a class or a subject.
@@ -69,6 +71,13 @@ class Collator:
             batch["subject_positions"] = _column(rows, "subject")
         if any(row.token_types is not None for row in rows):
             batch["token_type_ids"] = _stack([row.token_types or [] for row in rows], width, 0)
+        if any(row.weights is not None for row in rows):
+            weights = torch.zeros(len(rows), width)
+            for i, row in enumerate(rows):
+                weights[i, : len(row)] = torch.tensor(row.weights or [0.0] * len(row))
+            batch["weights"] = weights
+        if any(row.guides for row in rows):
+            batch["guides"] = collate_guides(rows, self, torch.tensor)
         return batch
 
     def _labels(
@@ -90,10 +99,12 @@ def prepare(batch: dict[str, Any]) -> Prepared:
     from reftune.model.run import Prepared
 
     fields = ("input_ids", "attention_mask", "labels", "intervention_mask", "select")
-    fields += ("prompt_lens", "subject_positions")
+    fields += ("prompt_lens", "subject_positions", "weights", "rows")
+    guides = {name: prepare(part) for name, part in batch.get("guides", {}).items()}
     return Prepared(
         **{key: value for key, value in batch.items() if key in fields},
-        extra={key: value for key, value in batch.items() if key not in fields},
+        guides=guides,
+        extra={k: v for k, v in batch.items() if k not in (*fields, "guides")},
     )
 
 

@@ -24,6 +24,7 @@ from reftune.tasks.texts import (
     subject_place,
     texts,
 )
+from reftune.training.guides import encode_guides
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -64,7 +65,9 @@ class Encoded:
         intervention_mask: Explicit places to edit, T booleans, for the position rule `mask`.
         subject: Place of the last token of the subject, for the rule `subject_last`.
         token_types: Segment of each token, for models that were trained with segments.
-        cut: Prompt tokens that were cut off.
+        guides: Tokens of other prompts before the same target, by name.
+        weights: A number for each label (0 elsewhere), T of them, for objectives that weigh tokens.
+        cut: Prompt tokens that were cut off, of the prompt or guide that lost the most.
     """
 
     input_ids: list[int]
@@ -77,6 +80,8 @@ class Encoded:
     intervention_mask: list[bool] | None = None
     subject: int | None = None
     token_types: list[int] | None = None
+    guides: dict[str, list[int]] | None = None
+    weights: list[float] | None = None
     cut: int = 0
 
     def __len__(self) -> int:
@@ -116,6 +121,7 @@ class Rows:
             hashed.update(repr((row.input_ids, row.labels, row.class_label)).encode())
             hashed.update(repr((row.decoder_labels, row.select, row.subject)).encode())
             hashed.update(repr((row.intervention_mask, row.token_types)).encode())
+            hashed.update(repr(sorted(row.guides.items())).encode() if row.guides else b"")
         return hashed.hexdigest()
 
     def summary(self) -> dict[str, int]:
@@ -145,6 +151,7 @@ def encode(
         example: The example. With `messages`, the chat template renders prompt and target; with
             `meta["subject"]`, the place of that text in the prompt is noted, with `meta["mask"]`
             the tokens of the marked pieces; the prompt is not cut into `meta["keep"]`.
+            `meta["guides"]` holds other prompts by name, texts or chats (causal rows only).
         tokenizer: The tokenizer of the base model.
         max_len: Longest row in tokens.
         kind: `causal`, `classification` (text and class label) or `seq2seq`.
@@ -167,17 +174,14 @@ def encode(
     if room < (0 if lead and not prompt_ids else 1):
         raise _too_long(example.id, len(target_ids), max_len, len(lead) + 1)
     if not prompt_ids and not lead:
-        raise DataError(
-            f'Row "{example.id}" has an empty prompt and the tokenizer adds no BOS token, so there '
-            "is no token to edit before the answer.",
-            "Give the row a prompt.",
-        )
+        raise _no_prompt(example.id)
     cut = max(0, len(prompt_ids) - room)
     fixed = fixed_len(tokenizer, lead, prompt_ids)
     check_kept(example, tokenizer, prompt, fixed - len(lead) + cut if cut else 0)
     head = [*lead, *prompt_ids]
     head = head[:fixed] + head[fixed + cut :]
     subject, mask = _placed(example, told, len(lead), fixed, cut)
+    guides, most = encode_guides(example, tokenizer, around, max_len - len(target_ids))
     return Encoded(
         input_ids=head + target_ids,
         labels=[IGNORE] * len(head) + target_ids,
@@ -186,7 +190,8 @@ def encode(
         select=example.subspace,
         subject=subject,
         intervention_mask=None if mask is None else mask + [False] * len(target_ids),
-        cut=cut,
+        guides=guides,
+        cut=max(cut, most),
     )
 
 
@@ -259,7 +264,7 @@ def blank(row: Encoded) -> Encoded:
         class_label = float("nan") if isinstance(row.class_label, float) else IGNORE
     decoder = None if row.decoder_labels is None else [IGNORE] * len(row.decoder_labels)
     labels = [IGNORE] * len(row.labels)
-    return replace(row, labels=labels, class_label=class_label, decoder_labels=decoder)
+    return replace(row, labels=labels, class_label=class_label, decoder_labels=decoder, guides=None)
 
 
 def _ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -358,6 +363,14 @@ def _placed(
         whole = [False] * lead + marks
         marks = whole[:fixed] + whole[fixed + cut :]
     return place, marks
+
+
+def _no_prompt(row: str) -> DataError:
+    return DataError(
+        f'Row "{row}" has an empty prompt and the tokenizer adds no BOS token, so there is no '
+        "token to edit before the answer.",
+        "Give the row a prompt.",
+    )
 
 
 def _too_long(row: str, target: int, max_len: int, around: int) -> TooLongError:

@@ -12,10 +12,14 @@ from reftune.report.model import Figure, Report
 from reftune.training.processes import shards
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from torch import nn
 
     from reftune.inference.evaluate import Evaluation
+    from reftune.model.run import RunOutput
     from reftune.tasks.base import Example, Task
+    from reftune.training.encode import Encoded
     from reftune.training.stage import Run
 
 log = logging.getLogger(__name__)
@@ -274,3 +278,41 @@ def _plots(run: Run, report: Report) -> None:
             plot_metrics(folder / f"{picture}.png", run.folder.path, panels, f"{name}: {picture}")
     if report.primary() is not None:
         plot_reports(folder / "figures.png", [report], report.task)
+    if not shards(run.model):
+        _maps(run, folder)
+
+
+MAPPED, LOOKED_AT = 2, 64
+"""Training rows of each kind (right answers, wrong ones) whose tokens are drawn, and how many of
+the first rows they are taken from."""
+
+
+def _maps(run: Run, folder: Path) -> None:
+    """Draw what the last objective says of single tokens of a few training rows."""
+    from accelerate.utils import send_to_device
+
+    from reftune.inference.prompts import device_of
+    from reftune.model import off
+    from reftune.model.run import Runner
+    from reftune.objectives.base import Objective
+    from reftune.report.saliency import write_maps
+    from reftune.training.collate import Collator, prepare
+    from reftune.training.data import objective_of, training_rows
+
+    stage, ask = run.recipe.stages[-1], Runner(run.model)
+    objective = objective_of(stage)
+    if type(objective).maps is Objective.maps:
+        return
+    some = run.data.splits["train"][:LOOKED_AT]
+    kinds: dict[tuple[str, ...], list[Encoded]] = {}
+    for row in training_rows(objective, stage, some, run.tokenizer, run.data.kind).rows:
+        kinds.setdefault(tuple(row.guides or ()), []).append(row)
+    rows = [row for found in kinds.values() for row in found[:MAPPED]]
+    batch = send_to_device(Collator.of(run.tokenizer)(rows), device_of(run.model))
+
+    def untrained(*args: Any, **kwargs: Any) -> RunOutput:
+        with off(run.model):
+            return ask(*args, **kwargs)
+
+    maps = objective.maps([(rows, prepare(batch))], ask, untrained)
+    write_maps(folder, maps, lambda ids: [run.tokenizer.decode([i]) for i in ids])

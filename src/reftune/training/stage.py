@@ -17,11 +17,12 @@ from reftune.training.runfolder import RunFolder
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase, TrainingArguments
 
     from reftune.objectives.base import Objective
     from reftune.training.causal import Settings
     from reftune.training.encode import Rows
+    from reftune.training.online import OnlineTrainer
     from reftune.training.trainer import ReftTrainer
 
 log = logging.getLogger(__name__)
@@ -76,13 +77,15 @@ def train_stage(run: Run, index: int) -> None:
     """Put the adapter of a stage on the model, train it, and write artefact and record."""
     from reftune.model.below import set_below
     from reftune.model.build import apply_adapter, trainable_summary
+    from reftune.training import online_stage as online
     from reftune.training.processes import gathered, is_main_process
 
     recipe, stage = run.recipe, run.recipe.stages[index]
-    if not continues(recipe, index):
-        run.model = apply_adapter(run.model, stage.adapter, recipe.seed)
-    set_below(run.model, trained=stage.below == "trained")
     objective = objective_of(stage)
+    if not continues(recipe, index):
+        adapter = online.start_of(stage) if objective.loop == "online" else stage.adapter
+        run.model = apply_adapter(run.model, adapter, recipe.seed)
+    set_below(run.model, trained=stage.below == "trained")
     rows = _encode(run, stage, objective)
     if is_main_process():
         run.folder.check_rows(index, rows["train"].digest())
@@ -116,7 +119,8 @@ def _fit(run: Run, index: int, objective: Objective, rows: dict[str, Rows]) -> d
     from reftune.training.callbacks import MetricsWriter, place_events
 
     writer = MetricsWriter(run.folder.metrics, index + 1)
-    trainer = _trainer(run, index, objective, rows, writer)
+    make = _online_trainer if objective.loop == "online" else _trainer
+    trainer = make(run, index, objective, rows, writer)
     place_events(trainer.callback_handler.callbacks, run.folder.tensorboard(index))
     try:
         with _held(run.model, run.recipe.stages[index]):
@@ -172,46 +176,76 @@ def _encode(run: Run, stage: StageSpec, objective: Objective) -> dict[str, Rows]
 def _trainer(
     run: Run, index: int, objective: Objective, rows: dict[str, Rows], writer: Any
 ) -> ReftTrainer:
-    from reftune.training.arguments import arguments
     from reftune.training.collate import Collator
-    from reftune.training.progress import Counting, Progress
+    from reftune.training.progress import Counting
     from reftune.training.stacked import StackTrainer
     from reftune.training.trainer import ReftTrainer
 
-    recipe, stage = run.recipe, run.recipe.stages[index]
-    callbacks = [writer]
-    counting = None
-    if run.progress:
-        counting = Counting("constants")
-        title = stage.adapter.method
-        if len(recipe.stages) > 1:
-            title = f"stage {index + 1}/{len(recipe.stages)} {title}"
-        callbacks.append(Progress(title))
-    kind, more = ReftTrainer, {} if counting is None else {"counting": counting}
+    stage = run.recipe.stages[index]
+    kind, more = ReftTrainer, {"counting": Counting("constants")} if run.progress else {}
     if stage.below == "trained":
         kind, more = StackTrainer, {**more, "below_lr": stage.optimiser.below_lr}
     return kind(
         run.model,
-        arguments(
-            stage,
-            run.folder.stage_checkpoints(index),
-            len(rows["train"]),
-            seed=recipe.seed,
-            num_validation=len(rows.get("validation", ())),
-            trackers=recipe.track,
-            base_dtype=next(run.model.parameters()).dtype,
-            run_name=recipe.name,
-        ),
+        _arguments(run, index, rows),
         objective,
         train_dataset=rows["train"],
         eval_dataset=rows.get("validation"),
         data_collator=Collator.of(run.tokenizer),
         keep_best=stage.keep == "best",
         score=_scorer(run, stage) if stage.keep_by == "metric" else None,
-        callbacks=callbacks,
+        callbacks=_callbacks(run, index, writer),
         causal=causal_settings(stage, len(rows["train"]), run.folder.constants(index)),
         **more,
     )
+
+
+def _online_trainer(
+    run: Run, index: int, objective: Objective, rows: dict[str, Rows], writer: Any
+) -> OnlineTrainer:
+    from reftune.training.online import OnlineTrainer
+    from reftune.training.rollouts import Sampler
+
+    recipe, stage = run.recipe, run.recipe.stages[index]
+    examples = run.data.splits["train"]
+    shared = (run.data.task, rows["train"], examples, objective.config)
+    return OnlineTrainer(
+        run.model,
+        run.tokenizer,
+        stage,
+        _arguments(run, index, rows),
+        objective,
+        rows["train"],
+        Sampler(run.model, run.tokenizer, *shared, stage.max_len, recipe.seed),
+        validation=rows.get("validation"),
+        score=_scorer(run, stage),
+        callbacks=_callbacks(run, index, writer),
+    )
+
+
+def _arguments(run: Run, index: int, rows: dict[str, Rows]) -> TrainingArguments:
+    from reftune.training.arguments import arguments
+
+    return arguments(
+        run.recipe.stages[index],
+        run.folder.stage_checkpoints(index),
+        len(rows["train"]),
+        seed=run.recipe.seed,
+        num_validation=len(rows.get("validation", ())),
+        trackers=run.recipe.track,
+        base_dtype=next(run.model.parameters()).dtype,
+        run_name=run.recipe.name,
+    )
+
+
+def _callbacks(run: Run, index: int, writer: Any) -> list[Any]:
+    """Return what watches a stage: the writer of metrics, and progress where it is shown."""
+    from reftune.training.progress import Progress
+
+    if not run.progress:
+        return [writer]
+    title, count = run.recipe.stages[index].adapter.method, len(run.recipe.stages)
+    return [writer, Progress(f"stage {index + 1}/{count} {title}" if count > 1 else title)]
 
 
 def _scorer(run: Run, stage: StageSpec) -> tuple[str, Callable[[], float]]:
@@ -254,8 +288,11 @@ def _last_validation(trainer: ReftTrainer) -> float | None:
 
 def causal_settings(stage: StageSpec, num_rows: int, folder: Path | None) -> Settings:
     """Return what a stage says about causal caching; `folder` is where a store on disk lies."""
+    from reftune import objectives
     from reftune.training.causal import Settings
 
+    if objectives.get(stage.objective).loop == "online":
+        return Settings("off")  # the rows of a rollout are new: nothing is constant
     uses = stage.epochs
     if stage.max_steps is not None:
         uses = stage.max_steps * stage.batch_size / max(1, num_rows)

@@ -136,13 +136,17 @@ def check(recipe: Recipe) -> Recipe:
     """
     from reftune.config.loader import checked
     from reftune.training.arguments import Split, check_trackers
+    from reftune.training.online_stage import check_stage
     from reftune.training.processes import world_size
 
     recipe = checked(recipe)
     check_trackers(recipe.track)
-    for stage in recipe.stages:
+    for index, stage in enumerate(recipe.stages):
         Split.of(stage, world_size())
-        objective_of(stage).check(stage.adapter)
+        objective = objective_of(stage)
+        objective.check(stage.adapter)
+        if objective.loop == "online":
+            check_stage(recipe, index)
     index = doubled(recipe, _below(recipe))
     if index is not None:
         raise RecipeError(

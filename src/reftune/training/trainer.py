@@ -28,6 +28,7 @@ from transformers.trainer_callback import PrinterCallback, TrainerState
 from transformers.trainer_utils import EvalLoopOutput, TrainOutput
 
 from reftune.errors import TrainingError
+from reftune.model.below import untrained
 from reftune.model.obstacles import COMPILED, SHARDED
 from reftune.model.run import Runner
 from reftune.training import checkpoints
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
     from reftune.model.causal import Source
     from reftune.model.run import Prepared
     from reftune.objectives.base import Objective
+    from reftune.training.encode import Encoded
 
 log = logging.getLogger(__name__)
 
@@ -98,7 +100,7 @@ class ReftTrainer(Trainer):
                 "Add an adapter first, or load it with trainable=True.",
             )
         self.objective, self.keep_best, self.score = objective, keep_best, score
-        self.undecayed = {n for n, p in model.named_parameters() if _is_undecayed(n, p)}
+        self.undecayed = {n for n, p in model.named_parameters() if is_undecayed(n, p)}
         self._use_cache = getattr(getattr(model, "config", None), "use_cache", None)
         self._runner: Runner | None = None
         self.causal, self.counting = causal or Settings("off"), counting
@@ -373,6 +375,8 @@ class ReftTrainer(Trainer):
             if self._is_done(resume_from_checkpoint):
                 return self._done(str(resume_from_checkpoint))
             self.bind_objective()
+            for rows in (self.train_dataset, self.eval_dataset):
+                self._inform(rows)
             self._settle(resume_from_checkpoint)
             result = super().train(resume_from_checkpoint, **kwargs)
             best = checkpoints.best_so_far(self.folder) if self.keep_best else None
@@ -406,6 +410,21 @@ class ReftTrainer(Trainer):
             self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
         return TrainOutput(self.state.global_step, 0.0, {})
 
+    def _inform(self, dataset: Padded | None) -> None:
+        """Let the objective ask the untrained model about rows, once: it is the same on resume."""
+        if dataset is None:
+            return
+        with untrained(self.model), self.accelerator.autocast():
+            parts = self._parts(dataset.rows, len(dataset.rows))
+            dataset.rows = self.objective.inform(parts, Runner(self.model)) or dataset.rows
+
+    def _parts(self, rows: Any, count: int) -> Iterator[tuple[list[Encoded], Prepared]]:
+        """Yield the first `count` rows some at a time, each time with the batch they make."""
+        size = self.args.per_device_train_batch_size
+        for start in range(0, count, size):
+            part = [rows[i] for i in range(start, min(start + size, count))]
+            yield part, prepare(self._prepare_inputs(self.data_collator(part)))
+
     def _settle(self, checkpoint: str | bool | None) -> None:
         """Decide what is held constant in this run, and compute it where it is kept."""
         rows = self.train_dataset.rows
@@ -414,10 +433,8 @@ class ReftTrainer(Trainer):
         compiled = COMPILED if self.args.torch_compile else None
 
         def batches(number: int | None) -> Iterator[Prepared]:
-            chosen = range(len(rows) if number is None else min(number, len(rows)))
-            for start in range(0, len(chosen), size):
-                batch = self.data_collator([rows[i] for i in chosen[start : start + size]])
-                yield prepare(self._prepare_inputs(batch))
+            count = len(rows) if number is None else min(number, len(rows))
+            return (batch for _, batch in self._parts(rows, count))
 
         def loss(source: Source | None) -> Callable[[], Float[Tensor, ""]]:
             run, batch = Runner(self.model, source), next(batches(size))
@@ -448,7 +465,8 @@ class ReftTrainer(Trainer):
         self.model.eval()
 
 
-def _is_undecayed(name: str, parameter: nn.Parameter) -> bool:
+def is_undecayed(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether a parameter is never weight-decayed: R, vectors, biases."""
     return getattr(parameter, "_no_decay", False) or parameter.ndim <= 1 or name.endswith("bias")
 
 
