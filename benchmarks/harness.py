@@ -2,11 +2,13 @@
 
 Runs in other projects' environments too, so it imports torch and transformers only.
 
-Seconds: what is compared takes turns, round by round, in an order that rotates; a figure is the
-median over rounds, a ratio the median of the ratios within a round (a slow moment of the machine
-hits both sides). Peak bytes: all tensors alive at the highest point of one step, namely parameters,
-optimiser state and gradients at its start plus what torch's allocator handed out on top. On a GPU
-the allocator keeps that count itself; on the CPU it is summed from the profiler's memory events.
+Seconds are those of the process's own work on a CPU with one thread, so that other programs beside
+it do not count, and wall seconds elsewhere. What is compared takes turns, round by round, in an
+order that rotates; a figure is the median over rounds, a ratio the median of the ratios within a
+round (a slow moment of the machine hits both sides). Peak bytes: all tensors alive at the highest
+point of one step, namely parameters, optimiser state and gradients at its start plus what torch's
+allocator handed out on top. On a GPU the allocator keeps that count itself; on the CPU it is summed
+from the profiler's memory events.
 Scratch space inside kernels is not in it.
 """
 
@@ -195,13 +197,19 @@ def command(script: str, argv: list[str] | None = None) -> str:
     return "python " + " ".join(words)
 
 
+def now(device: str = "cpu") -> float:
+    """Return seconds on the clock of this run; only differences mean anything."""
+    is_alone = device == "cpu" and torch.get_num_threads() == 1
+    return time.process_time() if is_alone else time.perf_counter()
+
+
 def timed(step: Callable[[], Any], device: str = "cpu") -> float:
     """Return the seconds of one call."""
     synchronise(device)
-    start = time.perf_counter()
+    start = now(device)
     step()
     synchronise(device)
-    return time.perf_counter() - start
+    return now(device) - start
 
 
 def take_turns(steps: dict[str, Callable[[], float]], rounds: int, warmup: int = 1) -> Samples:

@@ -23,7 +23,6 @@ import json
 import os
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, replace
@@ -31,6 +30,7 @@ from typing import Any
 
 USUAL, LEAN = "lora r8, usual path", "lora r8, label logits"
 ALL, TOP = "loreft r4, all layers", "loreft r4, top layer"
+SLOW = "loreft r4, usual path"
 FULL, PYREFT, BASE = "full, usual path", "pyreft loreft r4, all layers", "base"
 
 GOALS = [
@@ -134,6 +134,7 @@ def contenders(base: Any, settings: Any, full: bool) -> dict[str, Trained]:
         LEAN: Trained(with_lora(base), batch, True, device),
         ALL: Trained(with_loreft(base, settings), batch, True, device),
         TOP: Trained(with_loreft(base, settings, top), batch, True, device),
+        SLOW: Trained(with_loreft(base, settings), batch, False, device),
     }
     if full:
         found[FULL] = Trained(sharing(base), batch, False, device)
@@ -179,7 +180,7 @@ def training_rows(
 def decoding_rows(base: Any, settings: Any, rounds: int, tokens: int) -> list[dict]:
     """Time single tokens of greedy decoding, batch 1, prompt 64, after the prefill."""
     import torch
-    from harness import sharing, synchronise, with_lora
+    from harness import sharing, with_lora
 
     models = {
         BASE: sharing(base).eval(),
@@ -195,7 +196,7 @@ def decoding_rows(base: Any, settings: Any, rounds: int, tokens: int) -> list[di
         medians = {}
         names = list(models)
         for name in names[turn % 3 :] + names[: turn % 3]:
-            clock = Clock(lambda: synchronise(settings.device))
+            clock = Clock(settings.device)
             models[name].generate(
                 input_ids=prompt, attention_mask=torch.ones_like(prompt), streamer=clock,
                 max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, use_cache=True,
@@ -225,14 +226,16 @@ def decoding_rows(base: Any, settings: Any, rounds: int, tokens: int) -> list[di
 class Clock:
     """A streamer that notes when each token arrives."""
 
-    def __init__(self, wait: Callable[[], None]) -> None:
+    def __init__(self, device: str) -> None:
         self.times: list[float] = []
-        self.wait = wait
+        self.device = device
 
     def put(self, value: Any) -> None:
         """Note the time of one token."""
-        self.wait()
-        self.times.append(time.perf_counter())
+        from harness import now, synchronise
+
+        synchronise(self.device)
+        self.times.append(now(self.device))
 
     def end(self) -> None:
         """Nothing to do."""
