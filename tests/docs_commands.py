@@ -1,7 +1,7 @@
-"""Commands of the documentation as somebody would type them, made short: `Desk(folder).run(words)`.
+"""Commands of the documentation as somebody would type them: `Desk(folder).run(words)`, made short.
 
-Left out on purpose: what a command says (tests of the command line read that), and several
-processes at once (`accelerate launch` runs its verb in this one).
+`Desk(folder).says(words)` runs one at full length, for what a page says is `printed()` by it.
+Left out on purpose: several processes at once (`accelerate launch` runs its verb in this one).
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import importlib
 import io
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from docs_parts import ROOT, blocks
+from docs_parts import PAGES, ROOT, blocks
 
 from reftune.cli.main import main
 from reftune.config.recipe import StageSpec
@@ -46,6 +47,7 @@ ADDED = {
     "eval": ("--size", "2", "--max-new-tokens", "2"),
     "generate": ("--max-new-tokens", "2"),
     "judge": ("--size", "4", "--max-new-tokens", "8"),
+    "sample": ("--size", "6", "--samples", "3", "--max-new-tokens", "8"),
     "chat": ("--max-new-tokens", "2"),
 }
 """What is added to each verb."""
@@ -64,14 +66,26 @@ def _of_stages(recipe: str) -> tuple[str, ...]:
     return tuple(word for change in words for word in ("--set", change))
 
 
+PRINTED = re.compile(r"<!-- printed by: (reftune .+?) -->\n```text\n(.+?)```", re.S)
+
+
+def printed() -> list[tuple[tuple[str, ...], list[str]]]:
+    """Return the commands whose output pages show, and the lines they show of it."""
+    found = [match for page in PAGES for match in PRINTED.findall(page.read_text("utf-8"))]
+    return [
+        (tuple(shlex.split(command)), [line for line in text.splitlines() if line])
+        for command, text in found
+    ]
+
+
 class Desk:
     """A folder with the files the guide speaks of; commands run in it one after the other."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._rows("mine.jsonl", range(1, 41))
-        self._rows("mine_test.jsonl", range(41, 45))
-        self._rows("other.jsonl", range(45, 49))
+        rows = next(b for b in blocks("python") if 'write("mine.jsonl"' in b.text)
+        with contextlib.chdir(folder):
+            exec(compile(rows.text, rows.place, "exec"), {})
         guide = next(b for b in blocks("yaml") if "\nevaluate_every: 20" in b.text)
         (folder / "my.yaml").write_text(guide.text, encoding="utf-8")
         self.name = yaml.safe_load(guide.text)["name"]
@@ -80,14 +94,6 @@ class Desk:
         (folder / "recipes").symlink_to(ROOT / "recipes")
         speed = {"rows": [{"name": "lora r8", "d": "512", "seconds": 1.0}], "settings": {}}
         (folder / "speed.json").write_text(json.dumps(speed), encoding="utf-8")
-
-    def _rows(self, name: str, numbers: range) -> None:
-        lines = (
-            {"question": f"Ben has {n} pears and buys 2. How many?", "answer": f" {n + 2}"}
-            for n in numbers
-        )
-        text = "".join(json.dumps(line) + "\n" for line in lines)
-        (self.folder / name).write_text(text, encoding="utf-8")
 
     def run(self, words: tuple[str, ...]) -> str | None:
         """Run a command; return what went wrong, or None."""
@@ -99,6 +105,14 @@ class Desk:
         if first == "python":
             return self._python(rest)
         return self._reftune(rest) if first == "reftune" else None
+
+    def says(self, words: tuple[str, ...]) -> str:
+        """Run a command of ours as it stands; return all it writes."""
+        said = io.StringIO()
+        with contextlib.redirect_stderr(said), contextlib.redirect_stdout(said):
+            code = main(list(words[1:]))
+        assert code == 0, said.getvalue()
+        return said.getvalue()
 
     def _make(self, words: list[str]) -> str | None:
         if words == ["demo"]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import typer
 import yaml
-from docs_commands import Desk
+from docs_commands import Desk, printed
 from docs_parts import (
     GENERATED,
     PAGES,
@@ -37,6 +37,7 @@ from reftune.config.shipped import GRIDS, find, shipped
 from reftune.errors import RecipeError, ReftuneError
 from reftune.interventions import REGISTRY
 from reftune.report.cells import read_grid
+from reftune.report.model import Report
 
 quick = pytest.mark.quick
 RECIPES = sorted((ROOT / "recipes").rglob("*.y*ml"))
@@ -231,6 +232,34 @@ def test_commands_run(desk):
     assert len(chosen) >= 55
     failed = {str(command): desk.run(words) for words, command in chosen.items()}
     assert {name: reason for name, reason in failed.items() if reason} == {}
+
+
+@pytest.fixture
+def shipped_desk(desk):
+    if "nano" not in nano.shipped():
+        pytest.skip("what the guide shows is what the shipped weights do")
+    return desk
+
+
+@pytest.mark.slow
+def test_the_guides_own_recipe_learns(shipped_desk):
+    """Somebody who follows the guide can tell from the scores that all is well."""
+    shipped_desk.says(("reftune", "train", "my.yaml"))
+    report = Report.read(Path("runs") / shipped_desk.name)
+    base, adapter = (report.figures[f"{owner}_accuracy"] for owner in ("base", "adapter"))
+    assert base.n == adapter.n >= 20
+    assert base.mean < 0.6 and adapter.mean > 0.9
+
+
+@pytest.mark.slow
+def test_pages_show_what_commands_print(shipped_desk):
+    def alike(text):  # the size of rounding differs from machine to machine
+        return re.sub(r"both paths agree to \S+", "both paths agree", text)
+
+    assert len(printed()) >= 2
+    for words, lines in printed():
+        text = alike(shipped_desk.says(words))
+        assert [line for line in lines if alike(line) not in text] == []
 
 
 @quick

@@ -10,7 +10,7 @@ import ast
 import importlib
 import importlib.util
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal
@@ -112,9 +112,20 @@ _SYSTEMS: tuple[tuple[str, Kind, str, str, str], ...] = (
     ),
 )
 
+_RECIPES: tuple[tuple[str, Kind, str, str, str], ...] = (
+    (
+        "offline_st",
+        "recipe",
+        "Offline self-training",
+        "right answers of a warm-up as training data of the base",
+        "Luong et al. 2024, arXiv 2401.08967",
+    ),
+)
+"""Further methods that are recipes: no registry lists them."""
+
 
 def catalogue() -> list[Method]:
-    """Return the nine systems, then every other registered method and objective.
+    """Return the nine systems, then every other registered method, objective and recipe.
 
     >>> [method.name for method in catalogue() if method.system][:3]
     ['loreft', 'brep', 'baft']
@@ -126,6 +137,7 @@ def catalogue() -> list[Method]:
         for name, target in known.items():
             if (kind, name) not in listed:
                 found.append(_registered(kind, name, target))
+    found += [replace(_system(entry, targets), system=False) for entry in _RECIPES]
     for name, (about, _) in options.OTHER_METHODS.items():
         title = {"lora": "LoRA", "full": "Full fine-tuning", "head_only": "Head only"}.get(
             name, name

@@ -34,7 +34,7 @@ def test_it_measures_every_contender_and_goes_on_after_a_stop(tmp_path):
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     rows = {row["name"]: row for row in result["rows"]}
-    assert len(rows) == 4 + 4 + 3  # LoRA, full, a twice; g four times; ten epochs three times
+    assert len(rows) == 5 + 4 + 3  # LoRA twice, full, a twice; g four times; ten epochs thrice
     assert all(row.keys() >= COLUMNS and row["seconds"] > 0 for row in rows.values())
     assert all(row["peak_bytes"] > 0 for name, row in rows.items() if "epochs" not in name)
     assert rows["lora r8, usual path"]["ratio_to_lora"] == 1
@@ -89,7 +89,7 @@ def test_goals_are_judged_and_the_page_has_a_table_and_a_picture(tmp_path):
 
 
 def test_lines_of_the_picture_are_contenders():
-    from causal import DRAWN, FULL, PLAIN, SETS
+    from causal import DRAWN, FULL, LEAN, PLAIN, SETS
 
     made = {f"{name} {mode}" for name in SETS for mode in ("plain", "lean", "recompute", "store")}
-    assert set(DRAWN) <= {*made, FULL, PLAIN}
+    assert set(DRAWN) <= {*made, FULL, LEAN, PLAIN}

@@ -35,7 +35,7 @@ def test_step_prints_a_row_for_every_contender():
     ours = published["speed/128/loreft r4, all layers:ratio_to_lora"]
     assert ours.bar == "<= 0.75" and ours.holds in (True, False) and ours.versions["torch"]
     rows = {row["name"]: row for row in result["rows"]}
-    assert len(rows) == 8
+    assert len(rows) == 9
     for row in rows.values():
         assert row["seconds"] > 0 and row["peak_bytes"] > 0
         assert {"ratio_to_lora", "ratio_to_base", "ratio_to_pyreft"} <= row.keys()

@@ -34,7 +34,7 @@ def test_doctor_tells_what_causal_caching_does(cli, long_recipe, model_folder):
     assert code == 0, err
     (plan,) = json.loads(out)["plans"]
     assert set(plan) == KEYS
-    assert plan["mode"] == "store" and plan["why"] == "every row is used 9 times"
+    assert plan["mode"] == "store" and plan["why"] == "every prefix is used 72 times"
     assert plan["first_layer"] == 1 and plan["constant_blocks"] == 2
     assert plan["first_token"] == 38 and plan["median_tokens"] > 41  # with BOS and the answer
     assert plan["constant_share"] == pytest.approx(38 / plan["median_tokens"], rel=0.1)
@@ -79,4 +79,4 @@ def test_doctor_names_what_rules_a_mode_out(cli, long_recipe, model_folder):
         + "causal: store\n"
     )
     code, _, err = cli("doctor", "--model", model_folder, "--recipe", long_recipe)
-    assert code == 5 and "causal: store is not possible: the model has no intervention" in err
+    assert code == 2 and "causal: lora is no edit of chosen tokens: nothing is constant" in err

@@ -211,8 +211,6 @@ def test_faults_are_told_once_and_name_what_is_coming(cli, recipe_file):
     assert code == 2 and "has 1 fault:" in err and "AdapterSpec" not in err
     code, _, err = cli("train", recipe_file, "--dry-run", "--set", "adapter.method=baft")
     assert code == 2 and 'the method "baft" is coming' in err
-    code, _, err = cli("train", recipe_file, "--dry-run", "--set", "objective=carft")
-    assert code == 2 and 'the objective "carft" is coming' in err
     Path("grid.yaml").write_text("name: g\nrecipe: sums.yaml\nrows:\n  - {method: base}\n")
     code, _, err = cli("train", "grid.yaml")
     assert code == 2 and "python -m reftune.report.grid grid.yaml" in err

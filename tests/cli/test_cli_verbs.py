@@ -131,6 +131,9 @@ def test_sweep_selects_on_validation(cli, recipe_file):
     assert all(cell["figure"]["n"] == 6 for cell in made["cells"])  # validation, not test rows
     assert cli("train", made["best"], "--dry-run")[0] == 0
     assert made["best"] == "runs/sums-sweep/best.yaml"
+    shown = cli(*words[:-1])[1]  # all cells are there: nothing is trained again
+    assert "Train the best once, to see how it does on test rows:" in shown
+    assert "runs/sums-sweep/best.yaml" in shown and "on the test rows" not in shown
 
 
 def test_report_compares_runs(cli, trained):
@@ -142,6 +145,7 @@ def test_report_compares_runs(cli, trained):
     assert cli("report", trained, "--markdown")[1].startswith("| run | method |")
     rows = json.loads(cli("report", trained, "--seeds", "--json")[1])["rows"]
     assert {row["method"] for row in rows} == {"loreft", "base"}
+    assert "| sums | loreft |" in cli("report", trained, "--seeds", "--markdown")[1]
     assert "no plot file" in cli("report", trained, "--plot", "a.jpg")[2]
 
 

@@ -69,6 +69,15 @@ def test_a_name_given_twice_is_a_fault():
         ),
         ("task: families\nkeep_by: metric", "keep_by: has no effect without `keep: best`"),
         ("task: families\nmax_len: 1", "max_len: 1 leaves no room"),
+        ("task: families\nadapter: lora\ncausal: store",
+         "causal: lora is no edit of chosen tokens"),
+        ("task: sst2\nmodel: {head: classification}\nobjective: classification\n"
+         "causal: recompute", "causal: needs a decoder .* model.head is classification"),
+        ("task: families\nadapter: {layers: null}",
+         "adapter.layers: null is not .* Write a value, or leave the key out"),
+        ("task: families\nadapter: {strength: .nan}", "adapter.strength: NaN is not finite"),
+        ("task: families\nadapter: {strength: nan}",
+         'adapter.strength: "nan" is not a number\\. ->'),
     ],
 )  # fmt: skip
 def test_what_does_not_fit(text, message):

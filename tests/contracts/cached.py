@@ -52,6 +52,15 @@ def gemma3_sliding():
     return hf.Gemma3ForCausalLM(config)
 
 
+def mixtral():
+    """Return a model with experts: a token is sent to two of four."""
+    model = hf.MixtralForCausalLM(
+        hf.MixtralConfig(**FOUR, num_local_experts=4, num_experts_per_tok=2)
+    )
+    model.set_experts_implementation("eager")  # the grouped product knows no double precision
+    return model
+
+
 def bloom():
     config = hf.BloomConfig(
         vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4, pad_token_id=0,
@@ -64,7 +73,12 @@ def llama_of(layers: int = 4, **values):
     return hf.LlamaForCausalLM(hf.LlamaConfig(**{**FOUR, "num_hidden_layers": layers, **values}))
 
 
-EXTRA = {"qwen3_sliding": qwen3_sliding, "gemma3_sliding": gemma3_sliding, "bloom": bloom}
+EXTRA = {
+    "qwen3_sliding": qwen3_sliding,
+    "gemma3_sliding": gemma3_sliding,
+    "mixtral": mixtral,
+    "bloom": bloom,
+}
 """Architectures beside those of the matrix; gemma4 cannot start at a later block."""
 MODES = ("recompute", "store", "start")
 

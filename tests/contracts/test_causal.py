@@ -55,17 +55,21 @@ def test_other_architectures_agree(name):
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_left_padding_and_a_row_without_prefix(mode):
-    model = model_of("llama", "l4")
+def test_left_padding(mode):
     # Plain left-padded rows have other positions, whose angles are in single precision.
-    assert worst(model, mode, batch(side="left")) <= 1e-6
-    assert worst(model, mode, batch((20, 3, 1))) <= 1e-12
+    assert worst(model_of("llama", "l4"), mode, batch(side="left")) <= 1e-6
 
 
 @pytest.mark.parametrize("mode", MODES)
-def test_single_precision_agrees_to_rounding(mode):
-    model = model_of("llama", "l4").float()
-    assert worst(model, mode) <= 1e-5
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_without_prefix(name, mode):
+    assert worst(model_of(name, "l4"), mode, batch((20, 3, 1))) <= 1e-12
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_single_precision_agrees_to_rounding(name, mode):
+    assert worst(model_of(name, "l4").float(), mode) <= 1e-5
 
 
 def test_edits_inside_a_block_start_one_block_lower():
@@ -307,6 +311,17 @@ def test_padded_columns_of_a_prefix_are_zero():
         assert torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()
         assert not layer.keys[2, :, :6].any() and not layer.values[2, :, :6].any()
         assert layer.keys[2, :, 6:].abs().sum(-1).gt(0).all()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_prefix_that_is_not_finite_is_an_error(mode):
+    model = model_of("llama", "l4", "late")
+    weight = model.model.layers[-1].self_attn.v_proj.weight
+    source, suffix = source_of(model, mode), cutting.split(model, batch())
+    with torch.no_grad():
+        weight[0, 0] = torch.nan
+    with pytest.raises(ModelError, match=f"not finite in block {len(model.model.layers) - 1}"):
+        source(suffix)
 
 
 def test_lowest_precision_is_as_far_from_plain_as_plain_from_single():

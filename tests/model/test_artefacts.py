@@ -158,6 +158,15 @@ def test_tensors_of_another_shape(saved):
     refused(folder, "does not fit the model|do not match")
 
 
+def test_what_does_not_fit_is_said(tmp_path):
+    from peft import LoraConfig, get_peft_model
+
+    lora = LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")
+    folder = save_adapter(get_peft_model(build("llama"), lora), tmp_path / "lora")
+    change(folder, r=8)
+    refused(folder, r"does not fit the model: .*size mismatch for .*lora_A")
+
+
 def test_settings_of_a_method_nobody_has(saved):
     folder, _ = saved
     change(folder, method="from_the_future")

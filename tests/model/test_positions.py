@@ -118,8 +118,12 @@ def test_unknown_terms_name_the_known_ones(text):
 
 
 def test_repeated_terms_are_refused():
-    with pytest.raises(PositionError, match="names suffix twice"):
+    with pytest.raises(PositionError, match=r"names the last prompt tokens twice.*: last, l3"):
         PositionRule.parse("last+l3")
+    with pytest.raises(PositionError, match=r"names the first prompt tokens twice.*: f4, f5"):
+        PositionRule.parse("f4+l1+f5")
+    with pytest.raises(PositionError, match="names all_prompt twice"):
+        PositionRule.parse("all_prompt+all_prompt")
 
 
 def test_missing_columns_say_what_to_pass():

@@ -293,6 +293,114 @@ def test_rows_of_different_subspaces_train_as_if_apart():
     assert first[1][:2].any() and second[1][2:].any()
 
 
+SKILLS = [((0, 1), (2, 3)), ((2, 3), (0, 1)), ((1, 2), (0, 3)), ((3,), (0, 1, 2))]
+
+
+def train_skill(module, dims, steps, optimiser=None, decay=0.0):
+    """Train some dimensions of an intervention towards random states; return the optimiser."""
+    generator = torch.Generator().manual_seed(sum(dims))
+    h, wanted = torch.randn(2, 24, module.dim, generator=generator)
+    optimiser = optimiser or torch.optim.AdamW(module.parameters(), lr=0.02, weight_decay=decay)
+    module.train()
+    for _ in range(steps):
+        optimiser.zero_grad()
+        (h + module(h, selected(module, dims)).delta - wanted).square().mean().backward()
+        optimiser.step()
+    return optimiser
+
+
+def selected(module, dims):
+    rank = module.config.rank
+    return torch.tensor([dim in dims for dim in range(rank)]).expand(24, rank)
+
+
+@torch.no_grad()
+def edit_of(module, dims):
+    h = torch.randn(24, module.dim, generator=torch.Generator().manual_seed(9))
+    return module.eval()(h, selected(module, dims)).delta
+
+
+@pytest.mark.parametrize("method", ["loreft", "direft", "direft_orth", "lobireft", "consreft"])
+@pytest.mark.parametrize(("dims", "others"), SKILLS)
+def test_training_dimensions_leaves_the_edit_of_the_others(method, dims, others):
+    (module,) = interventions(subspace_model(method))
+    kept, learned = edit_of(module, others), edit_of(module, dims)
+    train_skill(module, dims, steps=50)
+    assert equal(edit_of(module, others), kept, 1e-5)
+    assert not equal(edit_of(module, dims), learned, 0.1)
+    whole = kept + edit_of(module, dims)
+    assert equal(edit_of(module, range(4)), whole, 1e-5), "both skills together"
+
+
+def test_training_dimensions_keeps_the_rotation_of_the_others_under_weight_decay():
+    (module,) = interventions(subspace_model())
+    before = module.eval().rotation().detach().clone()
+    train_skill(module, (0, 1), steps=20, decay=0.5)
+    after = module.eval().rotation().detach()
+    assert equal(after[2:], before[2:], 1e-5)
+    assert not equal(after[:2], before[:2], 0.1)
+
+
+def test_skills_stay_apart_after_training_together_and_in_a_loaded_adapter(tmp_path):
+    """First rows of both skills in a batch, as in the paper; then one of them, in a new process."""
+    from reftune.model.checkpoint import load_adapter, save_adapter
+
+    model = wrapped(build("llama"), "loreft", positions="l2", layers="1", rank=4).train()
+    ids, mask = batch()
+    optimiser = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    for _ in range(20):
+        optimiser.zero_grad()
+        model(
+            input_ids=ids, attention_mask=mask, labels=ids, prompt_lens=torch.tensor([5, 3, 2]),
+            subspaces=[(0, 1), (2, 3), (0, 1)],
+        ).loss.backward()  # fmt: skip
+        optimiser.step()
+    (trained,) = interventions(model)
+    skill = edit_of(trained, (2, 3))
+    folder = save_adapter(model, tmp_path / "adapter")
+    (module,) = interventions(load_adapter(folder, model=build("llama"), trainable=True)[0])
+    assert equal(edit_of(module, (2, 3)), skill, 1e-5)
+    train_skill(module, (0, 1), steps=50)
+    assert equal(edit_of(module, (2, 3)), skill, 1e-5)
+
+
+def test_training_dimensions_goes_on_with_the_same_bits():
+    (whole,) = interventions(subspace_model())
+    (first,) = interventions(subspace_model())
+    train_skill(whole, (0, 2), steps=12)
+    optimiser = train_skill(first, (0, 2), steps=7)
+    (second,) = interventions(subspace_model())
+    second.load_state_dict(first.state_dict())
+    again = torch.optim.AdamW(second.parameters())
+    again.load_state_dict(optimiser.state_dict())
+    train_skill(second, (0, 2), steps=5, optimiser=again)
+    for name, parameter in whole.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+
+
+def test_without_selection_the_free_matrix_is_the_optimisers_alone():
+    """What a plain LoReFT trains to is not touched, also where another one trains skills."""
+    from reftune.interventions.base import orthonormal_rows
+
+    (skilled,) = interventions(subspace_model())
+    train_skill(skilled, (0, 1), steps=1)
+    (plain,) = interventions(subspace_model("consreft"))
+    free, bias = (p.detach().clone().requires_grad_() for p in plain.parameters())
+    h, wanted = torch.randn(2, 24, plain.dim, generator=torch.Generator().manual_seed(3))
+    optimisers = [torch.optim.AdamW(ps, lr=0.02) for ps in (plain.parameters(), (free, bias))]
+    for _ in range(5):
+        rotation = orthonormal_rows(free)
+        for optimiser, delta in zip(
+            optimisers, (plain(h).delta, (bias - h @ rotation.T) @ rotation), strict=True
+        ):
+            optimiser.zero_grad()
+            (h + delta - wanted).square().mean().backward()
+            optimiser.step()
+    assert {tuple(p.shape) for p in plain.parameters()} == {tuple(free.shape), tuple(bias.shape)}
+    assert torch.equal(plain.reft_rotation, free)
+    assert torch.equal(plain.reft_bias, bias)
+
+
 def test_subspaces_in_generation_reach_beams():
     model = subspace_model().eval()
     ids, mask = batch("left")

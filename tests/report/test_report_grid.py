@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
+from docs_parts import ROOT
 
 from reftune.config.loader import dump
 from reftune.errors import DataError, RecipeError, TrainingError
@@ -117,6 +118,26 @@ def test_broken_results_are_not_overwritten(tmp_path):
     with pytest.raises(DataError, match="is no list of results"):
         publish([ResultRow(name="a")], path)
     assert path.read_text() == '[{"mean": 1}]'
+
+
+def test_the_page_says_what_time_and_bars_are(tmp_path):
+    rows = [ResultRow(name="gates/sums", metric="accuracy", mean=0.98, bar="at least 0.95")]
+    rows += [ResultRow(name="demo/lora", metric="accuracy", mean=0.9, seconds=70.0)]
+    publish(rows, tmp_path / "results.json")
+    text = render(tmp_path / "results.json").read_text()
+    head, *sections = text.split("\n## ")
+    assert "| bar |" in text and "| time |" in text
+    assert "training and evaluation together, summed over seeds" in head
+    assert "`bar` is what this project asks of a value" in head
+    demo = next(section for section in sections if section.startswith("Demo"))
+    assert "LoRA takes LoReFT's learning rate" in demo
+
+
+def test_the_main_table_tests_loreft_against_lora():
+    grid = read_grid(ROOT / "recipes" / "grids" / "families.yaml")
+    assert [cell.point.against for cell in grid.rows()["families/loreft"]] == [
+        ("families/lora",)
+    ] * 3
 
 
 def test_render_has_sections_plots_and_open_cells(tmp_path):
@@ -268,6 +289,12 @@ def test_main_lists_and_runs(plan, tmp_path, trainer, monkeypatch, capsys):
     assert [call[0] for call in trainer.calls] == ["families/red/seed-2"]
     assert read_results(tmp_path / "results.json")[0].is_open
     assert grids.main([str(tmp_path / "none.yaml")]) == 2
+
+
+def test_a_grid_without_rows_shows_how_to_write_one(plan):
+    plan.write_text(plan.read_text().partition("rows:")[0] + "rows: []\n")
+    with pytest.raises(RecipeError, match=r"has no rows.*one `- {method: ...}` each"):
+        read_grid(plan)
 
 
 @pytest.mark.parametrize(

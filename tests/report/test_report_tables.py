@@ -19,12 +19,14 @@ from reftune.report.plots import (
 from reftune.report.tables import (
     Cell,
     Table,
+    checked_table,
     report_table,
     result_table,
     show_bytes,
     show_figure,
     show_seconds,
     show_share,
+    wide_table,
 )
 
 pytestmark = pytest.mark.quick
@@ -98,6 +100,15 @@ def test_result_table_prints_open_cells_as_open():
     text = result_table(rows).to_markdown()
     assert "3 x 100" in text
     assert "| b (1 of 3 seeds) |" in text and "| open |" in text
+
+
+@pytest.mark.parametrize("form", [result_table, wide_table, checked_table])
+def test_rows_outside_sections_keep_their_names(form):
+    rows = [
+        ResultRow(name="mine", metric="accuracy", mean=0.5, note="smoke"),
+        ResultRow(name="runs/other", metric="accuracy", mean=0.4),
+    ]
+    assert [row[0].text for row in form(rows).rows] == ["mine (smoke)", "other"]
 
 
 def test_lower_is_better_where_it_is():

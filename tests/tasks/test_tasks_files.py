@@ -7,7 +7,7 @@ import pytest
 from task_lookalikes import write_rows
 
 from reftune.errors import DataError
-from reftune.tasks.files import LINE, read_rows, value
+from reftune.tasks.files import LINE, read_rows, text, value
 
 pytestmark = pytest.mark.quick
 ROWS = [{"a": 1, "b": "x, y"}, {"a": 2, "b": 'a "quote"\nline'}]
@@ -131,6 +131,13 @@ def test_a_broken_parquet_file_is_reported(tmp_path):
 def test_a_missing_field_names_the_nearest_one():
     with pytest.raises(DataError, match=r'x.jsonl, line 4: no field "promt".*"prompt"'):
         value({"prompt": "", LINE: 4}, "promt", "x.jsonl")
+
+
+def test_text_writes_values_out_but_not_null():
+    row = {"a": 7, "b": "", "c": None, LINE: 3}
+    assert (text(row, "a", "x.csv"), text(row, "b", "x.csv")) == ("7", "")
+    with pytest.raises(DataError, match=r'x.csv, line 3: the field "c" is null.*Fill it in'):
+        text(row, "c", "x.csv")
 
 
 @pytest.mark.parametrize(

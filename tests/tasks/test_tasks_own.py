@@ -80,6 +80,37 @@ def test_a_row_without_target_is_named(tmp_path):
         own(write_rows(tmp_path / "a.jsonl", rows)).load("train")
 
 
+@pytest.mark.parametrize("form", ["question", "Question: {question} Answer:"])
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_null_is_no_empty_prompt(tmp_path, form, split):
+    rows = [{"question": f"{i}?", "answer": f" {i}"} for i in range(4)]
+    broken = [*rows[:2], {"question": None, "answer": " 2"}, rows[3]]
+    paths = {"train": rows, "test": [{**row, "question": row["question"] + "?"} for row in rows]}
+    paths[split] = broken
+    task = make(
+        "own", prompt=form, completion="answer",
+        **{name: str(write_rows(tmp_path / f"{name}.jsonl", of)) for name, of in paths.items()},
+    )  # fmt: skip
+    with pytest.raises(DataError, match=rf'{split}.jsonl, line 3: the field "question" is null'):
+        task.load(split)
+
+
+@pytest.mark.parametrize("form", ["answer", " {answer}"])
+def test_null_is_no_completion(tmp_path, form):
+    rows = [{"question": "1?", "answer": "1"}, {"question": "2?", "answer": None}]
+    task = own(write_rows(tmp_path / "a.jsonl", rows), prompt="question", completion=form)
+    with pytest.raises(DataError, match='line 2: the field "answer" is null'):
+        task.load("train")
+
+
+def test_an_empty_field_of_a_template_may_be_meant(tmp_path):
+    rows = [{"instruction": "Add.", "input": "", "answer": " 2"}]
+    task = own(
+        write_rows(tmp_path / "a.jsonl", rows), prompt="{instruction}\n{input}", completion="answer"
+    )
+    assert task.load("train")[0].prompt == "Add.\n"
+
+
 def test_glued_rows_are_warned_about_and_a_separator_helps(tmp_path, caplog):
     path = write_rows(tmp_path / "a.jsonl", [{"prompt": "Why?", "completion": "So."}])
     with caplog.at_level(logging.WARNING):
@@ -109,6 +140,12 @@ def test_without_test_rows_the_validation_rows_are_scored(tmp_path, caplog):
     assert len(own(few).load("train")) == 5
     with pytest.raises(DataError, match=r"No rows are left for validation.*task\.test"):
         own(few).load("test")
+    task = own(few, test=str(path))
+    assert len(task.load("test")) == len(ROWS)
+    with pytest.raises(DataError, match="No rows are left for validation") as caught:
+        task.load("validation")
+    assert "at least 10 training rows" in caught.value.remedy
+    assert "task.test" not in caught.value.remedy  # which is given
 
 
 def test_given_validation_and_test_files(tmp_path):

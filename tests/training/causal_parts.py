@@ -43,12 +43,12 @@ def plan(rows, mode="auto", model=None, num_rows=None, refusal=None, **settings)
     return make_plan(model, batches(rows), Settings(mode, **settings), num_rows, refusal)
 
 
-def curve(trainer_for, rows, settings, folder, model=None, **stage):
+def curve(trainer_for, rows, settings, folder, model=None, resume=None, **stage):
     """Train; return the trainer and its model."""
     model = adapted() if model is None else model
     trainer = trainer_for(model, rows, folder=folder, **stage)
     trainer.causal = settings
-    trainer.train()
+    trainer.train(resume)
     return trainer, model
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import pytest
 import torch
 from causal_parts import MODES, adapted, batches, long_rows, plan
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 
-from reftune.config.recipe import AdapterSpec
+from reftune.config.recipe import AdapterSpec, StageSpec
 from reftune.errors import TrainingError
 from reftune.model.build import apply_adapter
 from reftune.model.obstacles import SHARDED
+from reftune.tasks.base import Example
 from reftune.training import causal
 from reftune.training import plan as plans
 from reftune.training.causal import make_source
 from reftune.training.constants import Store
-from reftune.training.encode import Rows
+from reftune.training.encode import Rows, encode_all
 from reftune.training.plan import Plan, Settings, make_plan
+from reftune.training.stage import causal_settings
 
 
 def test_auto_stores_what_is_used_often_and_fits():
@@ -59,6 +61,57 @@ def test_the_estimate_is_what_the_store_takes():
         source.build(batches(long_rows()))
         assert source.store.nbytes == pytest.approx(found.nbytes, rel=0.15), layers
         assert source.store.budget == found.budget
+
+
+def of_two_prompts(count):
+    """Return rows that ask one of two questions."""
+    words = ("a bird sat on the old wall and ", "a dog ran from the old house to ")
+    examples = [Example(str(i), words[i % 2] + "=", f" {i}", "") for i in range(count)]
+    return encode_all(examples, tiny_tokenizer(), 96)
+
+
+@pytest.mark.parametrize("layers", ["all", "late"])
+def test_the_estimate_counts_a_shared_prompt_once(layers):
+    rows, model = of_two_prompts(36), adapted("l2", layers).train()
+    found = plan(rows, "store", model)
+    source = make_source(model, found)
+    source.build(batches(rows))
+    assert len(source.store) == (2 if layers == "all" else 2 + 36)
+    assert source.store.nbytes == pytest.approx(found.nbytes, rel=0.15)
+
+
+def test_rows_of_one_prompt_use_it_as_often():
+    rows, model = of_two_prompts(36), adapted("l2", "all")
+    settings = causal_settings(StageSpec(epochs=1), rows, None)
+    assert (settings.uses, settings.samples) == (1, 18)
+    found = plan(rows, model=model, uses=1)
+    assert found.mode == "store" and "every prefix is used 18 times" in found.why
+    assert plan(long_rows(), model=model, uses=1).mode == "recompute"
+    # Block outputs are of one row: sharing prompts does not make them pay.
+    assert plan(rows, model=adapted("f2", "late"), uses=1).mode == "off"
+
+
+def test_a_sample_may_not_show_that_prompts_come_again():
+    alone, again = plan(long_rows(), num_rows=320), plan(long_rows(), num_rows=320, samples=10)
+    assert alone.mode == "recompute" and again.mode == "store"
+    one = plan(long_rows())
+    assert one.nbytes < again.nbytes < alone.nbytes == pytest.approx(10 * one.nbytes)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_asking_for_constants_where_there_are_none_is_an_error(mode):
+    early = adapted("f4+l4", "all")
+    with pytest.raises(TrainingError, match=f"{mode} is not possible: no row has a token before"):
+        plan(long_rows(), mode, early)
+    assert plan(long_rows(), model=early).mode == "off"
+    assert plan(long_rows(), mode, early, before=mode).mode == mode  # as it began
+
+
+def test_block_outputs_can_be_stored_and_not_recomputed():
+    late = adapted("f4+l4", "late")
+    assert plan(long_rows(), "store", late).start
+    with pytest.raises(TrainingError, match="recompute is not possible: no row has a token"):
+        plan(long_rows(), "recompute", late)
 
 
 def test_the_estimate_is_scaled_to_all_rows():

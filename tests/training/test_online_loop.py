@@ -186,6 +186,25 @@ def test_the_best_weights_are_kept_the_start_is_one_of_them(tmp_path, values):
     assert found == values
 
 
+def test_best_weights_that_are_gone_stop_a_resume_and_those_aside_are_taken(tmp_path):
+    values = iter([0.9, 0.5, 0.4])
+    stage = {"keep": "best", "evaluate_every": 1, "max_steps": 2}
+
+    def make(model):
+        score = ("accuracy", lambda: next(values))
+        return trainer_of(model, tmp_path, validation=True, score=score, **stage)
+
+    model, again = adapted(), adapted()
+    make(model).train()
+    best = tmp_path / checkpoints.BEST
+    best.rename(tmp_path / "elsewhere")
+    with pytest.raises(TrainingError, match="the folder is missing"):
+        make(adapted()).train(True)
+    (tmp_path / "elsewhere").rename(tmp_path / ".old-best")
+    make(again).train(True)
+    assert equal(weights(again), weights(model)) and best.is_dir()
+
+
 def test_evaluating_leaves_the_trajectory_alone(tmp_path):
     one, two = adapted(), adapted()
     trainer_of(one, tmp_path / "a", max_steps=3).train()

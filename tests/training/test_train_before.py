@@ -12,7 +12,7 @@ import pytest
 from tiny import tiny_folder
 
 from reftune.config.recipe import AdapterSpec, EvaluationSpec, ModelSpec, StageSpec
-from reftune.errors import RecipeError
+from reftune.errors import AdapterError, RecipeError
 from reftune.inference import evaluate
 from reftune.training.callbacks import read_metrics
 from reftune.training.checkpoints import best_so_far
@@ -146,6 +146,17 @@ def test_a_run_of_an_earlier_version_is_continued(recipe):
     other = replace(recipe, stages=[replace(recipe.stages[0], keep_by="metric", keep="best")])
     with pytest.raises(RecipeError, match=r"changed: stages\.0\.keep, stages\.0\.keep_by"):
         train(other, resume=True, **QUIET)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"order": "lora"}'])
+def test_a_broken_stack_below_is_an_error_of_ours(recipe, tmp_path, text):
+    (tmp_path / "stack").mkdir()
+    (tmp_path / "stack" / "stack.json").write_text(text)
+    below = replace(recipe, model=replace(recipe.model, adapter=str(tmp_path / "stack")))
+    with pytest.raises(
+        AdapterError, match=r"stack\.json in .*(cannot be read|no settings|names no)"
+    ):
+        check(below)
 
 
 def test_the_default_stage_stays_valid():

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import json
 import logging
+from functools import cache
 
 import pytest
 import torch
 from causal_parts import MODES, adapted, curve, long_rows, losses
-from tiny import tiny_llama
+from tiny import tiny_llama, tiny_tokenizer
 from transformers import TrainerCallback
 
 from reftune.config.recipe import AdapterSpec
 from reftune.errors import TrainingError
 from reftune.model import causal as mechanism
 from reftune.model.build import apply_adapter
+from reftune.tasks.base import Example
 from reftune.training import plan as plans
 from reftune.training.backward import set_checkpointing
 from reftune.training.causal import Settings, Stored
 from reftune.training.constants import DiskStore
-from reftune.training.encode import Rows
+from reftune.training.encode import Rows, encode_all
 
 # Test 4 of the design: curves
 
@@ -85,8 +87,11 @@ def test_validation_sees_the_same_loss(trainer_for, tmp_path):
 
 
 class StopAt(TrainerCallback):
+    def __init__(self, step=5):
+        self.step = step
+
     def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == 5:
+        if state.global_step == self.step:
             raise RuntimeError("crash")
 
 
@@ -127,6 +132,55 @@ def test_resume_is_bit_equal(trainer_for, trained, tmp_path, where):
         assert torch.equal(value, trained(resumed.model)[name]), name
 
 
+@cache
+def shared_rows():
+    """Return 24 rows of two prompts of different length, each twice in a row."""
+    words = "a bird sat on the old wall and "
+    prompts = [words[:20], (words * 2)[:50]]
+    rows = [Example(str(i), prompts[i // 2 % 2], f" {i}", "") for i in range(24)]
+    return encode_all(rows, tiny_tokenizer(), 96)
+
+
+@pytest.mark.parametrize("settings", [Settings("recompute"), Settings("store", budget=1.0)])
+@pytest.mark.parametrize("crash", [3, 5])
+def test_resume_is_bit_equal_where_rows_share_prompts(
+    trainer_for, trained, tmp_path, settings, crash
+):
+    """A prompt has other last bits in another batch, which a step must not hand to the next."""
+    stage = {"checkpoint_every": 1, "max_steps": 9, "batch_size": 2, "micro_batch_size": 2}
+
+    def wide():
+        return adapted("l2", "all", dim=256)
+
+    _, straight = curve(trainer_for, shared_rows(), settings, tmp_path / "a", wide(), **stage)
+    broken = trainer_for(
+        wide(), shared_rows(), folder=tmp_path / "b", callbacks=[StopAt(crash)], **stage
+    )
+    broken.causal = settings
+    with pytest.raises(RuntimeError, match="crash"):
+        broken.train()
+    resumed, model = curve(
+        *(trainer_for, shared_rows(), settings, tmp_path / "b", wide()), resume=True, **stage
+    )
+    assert resumed.plan.mode == settings.mode
+    for name, value in trained(straight).items():
+        assert torch.equal(value, trained(model)[name]), name
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_micro_batches_of_a_step_share_their_prompts(trainer_for, tmp_path, mode, monkeypatch):
+    count, real = [], mechanism.prefill
+    monkeypatch.setattr(mechanism, "prefill", lambda *some: count.append(1) or real(*some))
+    rows = Rows(shared_rows().rows[::4] * 2)  # one prompt, 12 rows
+    trainer = trainer_for(
+        adapted("l2", "all"), rows, folder=tmp_path, batch_size=6, micro_batch_size=2, max_steps=4
+    )
+    trainer.causal = Settings(mode, budget=1.0)
+    trainer.train()
+    assert trainer.plan.mode == mode
+    assert len(count) == 1 + 4  # to compare both paths, then one a step
+
+
 def test_a_resumed_run_decides_as_the_interrupted_one_did(trainer_for, tmp_path, monkeypatch):
     """Free memory is another one by then, and would change which numbers are stored."""
     stage = {"checkpoint_every": 2, "epochs": 2}
@@ -160,6 +214,8 @@ def test_a_run_on_disk_leaves_no_constants(recipe, with_stage):
     recipe = with_stage(recipe, adapter=adapter, causal="store", causal_store="disk")
     train(recipe, progress=False)
     folder = Path(recipe.output) / recipe.name
+    state = json.loads((folder / "state.json").read_text())
+    assert [stage["causal"] for stage in state["stages"]] == ["store"]
     assert not (folder / "constants").exists() and (folder / "adapter").is_dir()
 
 

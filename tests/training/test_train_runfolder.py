@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -69,7 +70,40 @@ def test_overwrite_starts_afresh(recipe):
     folder.finish()
     again = RunFolder.open(recipe, overwrite=True)
     assert not again.is_finished and not again.checkpoints.exists()
+    again.begin()
     assert [p.name for p in again.path.parent.iterdir()] == [again.path.name]
+    again.abandon()  # too late
+    assert (again.path / "state.json").is_file()
+
+
+def test_a_run_that_fails_to_start_leaves_what_was_there(recipe):
+    RunFolder.open(recipe).abandon()
+    output = Path(recipe.output)
+    assert list(output.iterdir()) == []
+    folder = RunFolder.open(recipe)
+    checkpoint(folder)
+    folder.finish()
+    folder.release()
+    before = snapshot(output)
+    again = RunFolder.open(recipe, overwrite=True)
+    again.abandon()
+    again.release()
+    assert snapshot(output) == before
+
+
+@pytest.mark.parametrize("moment", ["moved aside", "being set up"])
+def test_a_run_whose_successor_was_killed_is_put_back(recipe, moment):
+    folder = RunFolder.open(recipe)
+    folder.finish()
+    folder.release()
+    before = snapshot(folder.path)
+    RunFolder.open(recipe, overwrite=True).release()  # and nothing more
+    if moment == "moved aside":
+        shutil.rmtree(folder.path)
+    with pytest.raises(RecipeError, match="holds a finished run"):
+        RunFolder.open(recipe)
+    assert snapshot(folder.path) == before
+    assert [p.name for p in folder.path.parent.iterdir()] == [folder.path.name]
 
 
 def test_a_run_that_never_got_to_a_checkpoint_is_started_again(recipe):
@@ -110,11 +144,15 @@ def test_a_foreign_folder_is_never_touched(recipe):
     assert (place / "thesis.txt").read_text() == "years of work"
 
 
-def test_damaged_state(recipe):
+@pytest.mark.parametrize("text", ["{", "[]", '{"stages": 3}', '{"recipe": ["a"]}', "\xff"])
+def test_damaged_state(recipe, text):
     folder = RunFolder.open(recipe)
-    (folder.path / "state.json").write_text("{")
-    with pytest.raises(TrainingError, match=r"state\.json cannot be read"):
-        RunFolder.open(recipe)
+    (folder.path / "state.json").write_bytes(text.encode("latin-1"))
+    for more in ({}, {"resume": True}):
+        with pytest.raises(TrainingError, match=r"state\.json cannot be read.*--overwrite"):
+            RunFolder.open(recipe, **more)
+    again = RunFolder.open(recipe, overwrite=True)
+    assert json.loads((again.path / "state.json").read_text())["status"] == "running"
 
 
 def test_a_full_disk_at_the_start(recipe, monkeypatch):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 
 from reftune.config.loader import dump, load
 from reftune.config.recipe import AdapterSpec, EvaluationSpec, StageSpec
-from reftune.errors import DataError, RecipeError, TrainingError
+from reftune.errors import DataError, RecipeError, ReftuneError, TrainingError
 from reftune.model.hub import push
 from reftune.model.levels import PLACE
 from reftune.report.model import Report
@@ -199,6 +199,39 @@ def test_the_same_adapter_is_trained_on(recipe):
     first = folder_of(same) / "stages" / "1" / "adapter" / "adapter_model.safetensors"
     assert report.steps == 12 and report.trainable_parameters == 2 * (2 * 2 * 32 + 2)
     assert first.read_bytes() != tensors(same)[0]
+
+
+def everything(recipe):
+    return {p: p.read_bytes() for p in Path(recipe.output).rglob("*") if p.is_file()}
+
+
+def faulty(recipe, kind):
+    stage = recipe.stages[0]
+    if kind == "data":
+        return replace(recipe, task=replace(recipe.task, train="nope.jsonl"))
+    if kind == "layers":
+        return replace(recipe, stages=[replace(stage, adapter=replace(stage.adapter, layers=[9]))])
+    if kind == "max_len":
+        return replace(recipe, stages=[replace(stage, max_len=4)])
+    return replace(recipe, stages=[replace(stage, causal="recompute")])  # edits the first token
+
+
+FAULTS = ("data", "layers", "max_len", "causal")
+
+
+@pytest.mark.parametrize("kind", FAULTS)
+def test_a_run_that_cannot_start_replaces_nothing(recipe, kind):
+    recipe = replace(recipe, evaluation=EvaluationSpec(split="none"))
+    with pytest.raises(ReftuneError):
+        train(faulty(recipe, kind), **QUIET)
+    assert not folder_of(recipe).exists()
+    first = train(recipe, **QUIET)
+    before = everything(recipe)
+    with pytest.raises(ReftuneError):
+        train(faulty(recipe, kind), overwrite=True, **QUIET)
+    assert everything(recipe) == before
+    assert train(replace(recipe, seed=7), overwrite=True, **QUIET) != first
+    assert [p.name for p in Path(recipe.output).iterdir()] == [recipe.name]
 
 
 def test_full_fine_tuning_leaves_a_model(recipe, with_stage):

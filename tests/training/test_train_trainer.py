@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import math
+import shutil
 
 import pytest
 import torch
@@ -434,3 +435,89 @@ def test_a_damaged_checkpoint_is_passed_over(
     trainer_for(resumed, rows, folder=tmp_path / "b", **settings).train(True)
     assert f"{harm} " in caplog.text and "checkpoint-4 is damaged" in caplog.text
     assert equal(trained(straight), trained(resumed))
+
+
+def test_a_resumed_run_says_from_which_step(adapted, rows, trainer_for, caplog):
+    caplog.set_level("INFO", logger="reftune")
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer_for(adapted(), rows, checkpoint_every=2, callbacks=[StopAt(5)]).train(True)
+    assert "continuing" not in caplog.text
+    trainer_for(adapted(), rows, checkpoint_every=2).train(True)
+    assert "continuing at step 4" in caplog.text
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_anew(adapted, rows, trainer_for, caplog):
+    trainer = trainer_for(adapted(), rows, checkpoint_every=2, callbacks=[StopAt(5)])
+    with pytest.raises(RuntimeError, match="crash"):
+        trainer.train()
+    for place in checkpoints.list_checkpoints(trainer.folder):
+        (place / "optimizer.pt").unlink()
+    assert checkpoints.last_checkpoint(trainer.folder) is None
+    assert caplog.text.count("is damaged") == 2 and "training starts anew" in caplog.text
+
+
+# The best weights
+
+
+def falls_off(adapted, rows, trainer_for, step=5):
+    """Leave a run that crashed; its best weights are those of its first step."""
+    stage = {"keep": "best", "evaluate_every": 1, "checkpoint_every": 2, "lr": 0.05}
+
+    def make(*callbacks):
+        trainer = trainer_for(adapted(), rows, rows, callbacks=callbacks, **stage)
+        trainer.objective = Upwards()
+        return trainer
+
+    broken = make(StopAt(step))
+    with pytest.raises(RuntimeError, match="crash"):
+        broken.train()
+    assert checkpoints.best_so_far(broken.folder)[0] == 1
+    return make(), broken.folder / checkpoints.BEST
+
+
+@pytest.mark.parametrize(
+    ("harm", "told"),
+    [
+        (lambda best: (best / "best.json").write_text("{"), r"best\.json has 1 bytes of"),
+        (lambda best: (best / "best.json").unlink(), r"best\.json is missing"),
+        (lambda best: weights_of(best).write_bytes(b"x"), r"safetensors has 1 bytes of"),
+        (lambda best: shutil.rmtree(best), "the folder is missing"),
+    ],
+    ids=["note", "no note", "weights", "folder"],
+)
+def test_damaged_best_weights_stop_a_resume_at_once(adapted, rows, trainer_for, harm, told):
+    trainer, best = falls_off(adapted, rows, trainer_for)
+    harm(best)
+    with pytest.raises(TrainingError, match=f"best weights so far.*{told}.*--overwrite"):
+        trainer.train(True)
+    assert trainer.state.global_step == 0
+
+
+def weights_of(folder):
+    return next(folder.rglob("adapter_model.safetensors"))
+
+
+def test_best_weights_damaged_during_a_run_are_not_replaced_by_the_last(adapted, rows, trainer_for):
+    class Harm(TrainerCallback):
+        def on_train_end(self, args, state, control, **kwargs):
+            shutil.rmtree(trainer.folder / checkpoints.BEST)
+
+    trainer = trainer_for(adapted(), rows, rows, keep="best", evaluate_every=1, callbacks=[Harm()])
+    with pytest.raises(TrainingError, match="the folder is missing"):
+        trainer.train()
+
+
+def test_a_note_that_is_none_is_an_error(tmp_path):
+    (tmp_path / checkpoints.BEST).mkdir()
+    (tmp_path / checkpoints.BEST / "best.json").write_text("[]")  # of a version without sizes
+    with pytest.raises(TrainingError, match="cannot be read"):
+        checkpoints.best_so_far(tmp_path)
+
+
+def test_a_kill_while_the_best_weights_are_replaced_loses_nothing(adapted, rows, trainer_for):
+    trainer, best = falls_off(adapted, rows, trainer_for)
+    kept = weights_of(best).read_bytes()
+    best.rename(best.with_name(".old-best"))  # where a kill within `publish` leaves them
+    trainer.train(True)
+    assert checkpoints.best_so_far(trainer.folder)[0] == 1
+    assert weights_of(best).read_bytes() == kept

@@ -184,6 +184,20 @@ def progress(title: str, show: bool = True) -> Iterator[Callable[[int, int], Non
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
+def new_rows(out: str, overwrite: bool) -> Path:
+    """Return the place of a file of rows that is to be written.
+
+    Raises:
+        RecipeError: If it is no .jsonl file, or is there and must not be replaced.
+    """
+    path = Path(out).expanduser()
+    if path.suffix != ".jsonl":
+        raise RecipeError(f"--out is {out}.", "Choose a name that ends in .jsonl.")
+    if path.exists() and not overwrite:
+        raise RecipeError(f"{path} exists already.", "Choose another --out, or add --overwrite.")
+    return path
+
+
 def read_prompts(prompts: Sequence[str], file: str | None) -> list[Any]:
     """Return prompts from arguments, a file, or standard input (`-`).
 

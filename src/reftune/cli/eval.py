@@ -23,6 +23,7 @@ from reftune.cli.common import (
 )
 from reftune.cli.generate import NO_REPEAT, PENALTY
 from reftune.cli.models import BaseModelOption, HeadOption, has_adapter, load_any
+from reftune.cli.reranking import check_rerank, reranked
 from reftune.cli.scoring import (
     BASE,
     check_models,
@@ -85,6 +86,10 @@ def evaluate(
     seed: Annotated[
         int | None, typer.Option(help="Seed of sampling. Default: the run's own, or 0.")
     ] = None,
+    rerank: Annotated[
+        str | None,
+        typer.Option(help="A reward model's run, which chooses among the samples: rerank@k."),
+    ] = None,
     head: HeadOption = None,
     base_model: BaseModelOption = None,
     output: Annotated[str | None, typer.Option(help="Folder of report and predictions.")] = None,
@@ -100,6 +105,7 @@ def evaluate(
         reftune eval runs/rank8 --against runs/rank4
         reftune eval nano --task my_test.jsonl --option prompt=question
         reftune eval runs/demo --set evaluation.top_p=0.9 --temperature 0.8 --samples 4
+        reftune eval runs/demo --samples 16 --temperature 1 --rerank runs/reward_model
 
     `--set` changes keys of `task`, `evaluation` and `seed`, for this scoring only. Exit code 0 says
     that scoring worked, not that a score is good.
@@ -124,14 +130,20 @@ def evaluate(
     spec = task_of_run(task, recipe, data_dir, changes, size, split)
     names = [model] + ([against] if against else [])
     asked = {"n": size, "seed": seed, **{SHORT[k]: v for k, v in flags.items() if k in SHORT}}
+    asked["rerank"] = rerank and rerank.strip("./")
     place = _slug(model, spec.name, split, against, [*(set_ or []), *(option or [])], asked)
     folder = Path(output) if output else Path("runs/evaluations") / place
     seed = settings.seed
     check_output(folder)
     check_models(names)
+    if rerank:
+        check_rerank(rerank, spec, decoding)
     results = _evaluate_all(names, spec, decoding, seed, (head, base_model))
+    if rerank:
+        results = reranked(results, rerank, spec, decoding, seed)
     test = results[0].compare(results[1]) if against else None
-    reports = _write(folder, names, results, spec, decoding, seed, test)
+    how = {**asdict(decoding), **({"rerank": rerank} if rerank else {})}
+    reports = _write(folder, names, results, spec, how, seed, test)
     if json_:
         first = {"folder": str(folder), "report": reports[0]}
         second = {"against": reports[1], "test": asdict(test)} if test else {}
@@ -228,11 +240,11 @@ def _write(
     names: list[str],
     results: list[Evaluation],
     spec: TaskSpec,
-    decoding: EvaluationSpec,
+    how: dict[str, Any],
     seed: int,
     test: Any,
 ) -> list[Any]:
-    """Write reports and predictions; the first into the folder itself."""
+    """Write reports and predictions; the first into the folder itself. `how` says what was done."""
     from reftune.report.model import Report
 
     reports = []
@@ -247,8 +259,8 @@ def _write(
             seed=seed,
             metric=result.metric,
             eval_seconds=result.seconds,
-            split=decoding.split,
-            evaluation=asdict(decoding),
+            split=how["split"],
+            evaluation=how,
             prompts_cut=result.prompts_cut,
             **paired,
         )

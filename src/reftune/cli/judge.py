@@ -11,6 +11,7 @@ from reftune.cli.common import (
     DataDirOption,
     JsonFlag,
     TaskOption,
+    new_rows,
     note,
     print_json,
     progress,
@@ -67,7 +68,7 @@ def judge(
     """
     check_sampling(temperature, None)
     _check(by, judge_model, instruction, chat)
-    path = _place(out, overwrite)
+    path = new_rows(out, overwrite)
     task = _task(data, data_dir, option or [], size)
     check_there(model)
     sampling = {
@@ -132,15 +133,6 @@ def _check(by: str, judge_model: str | None, instruction: str, chat: bool) -> No
         )
     if instruction and not chat:
         raise RecipeError("--instruction is a system prompt.", "Add --chat, or leave it out.")
-
-
-def _place(out: str, overwrite: bool) -> Path:
-    path = Path(out).expanduser()
-    if path.suffix != ".jsonl":
-        raise RecipeError(f"--out is {out}.", "Choose a name that ends in .jsonl.")
-    if path.exists() and not overwrite:
-        raise RecipeError(f"{path} exists already.", "Choose another --out, or add --overwrite.")
-    return path
 
 
 def _spec(data: str, data_dir: str | None, option: list[str], size: int | None) -> TaskSpec:

@@ -86,7 +86,7 @@ def sweep(
     _check_written(result.cells)
     if json_:
         return
-    say(f"Train the best once on the test rows:  reftune train {best}")
+    say(f"Train the best once, to see how it does on test rows:  reftune train {best}")
 
 
 def _check_metric(recipe: Recipe, metric: str | None) -> None:

@@ -188,9 +188,23 @@ def _stage(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None
         checker.fault(join(key, "micro_batch_size"), text, (join(key, "batch_size"),))
     if stage.keep_by == "metric" and stage.keep != "best":
         checker.fault(join(key, "keep_by"), "has no effect without `keep: best`. Set it.")
+    _causal(stage, join(key, "causal"), recipe, checker)
     _optimiser(stage, join(key, "optimiser"), checker)
     _adapter(stage, join(key, "adapter"), recipe, checker)
     _objective(stage, join(key, "objective"), recipe, checker)
+
+
+def _causal(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> None:
+    """Check what rules causal caching out with any model and rows."""
+    if stage.causal not in ("recompute", "store"):
+        return
+    remedy = "Write auto or off."
+    if stage.adapter.method in registries.OTHER_METHODS:
+        text = f"{stage.adapter.method} is no edit of chosen tokens: nothing is constant. {remedy}"
+        checker.fault(key, text, ("adapter.method",))
+    elif recipe.model.head != "causal":
+        text = f"needs a decoder of text, and model.head is {recipe.model.head}. {remedy}"
+        checker.fault(key, text, ("model.head",))
 
 
 def _optimiser(stage: StageSpec, key: str, checker: Checker) -> None:
@@ -214,6 +228,9 @@ def _adapter(stage: StageSpec, key: str, recipe: Recipe, checker: Checker) -> No
     if adapter.method == "head_only" and recipe.model.head != "classification":
         text = "there is no head to train. Set `head: classification` under `model:`."
         checker.fault(method_key, text, ("model.head",))
+    if not math.isfinite(adapter.strength):
+        text = f"{show(adapter.strength)} is not finite. Write a number; 1 is the edit as trained."
+        checker.fault(join(key, "strength"), text)
     if adapter.method in registries.OTHER_METHODS:
         return
     rule = importlib.import_module("reftune.model.positions").PositionRule.parse

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, fields, is_dataclass, replace
@@ -150,6 +151,8 @@ def join(*parts: str) -> str:
 def _hint(value: Any, kind: Any) -> str:
     """Name the nearest choice, or mend the commonest slips."""
     choices = literals(kind)
+    if value is None:
+        return " Write a value, or leave the key out."
     if choices and isinstance(value, str):
         return hint(value, choices, listed=False)
     if "text" in describe(kind) and isinstance(value, int | float | bool):
@@ -163,10 +166,9 @@ def _hint(value: Any, kind: Any) -> str:
 
 def _is_number(text: str) -> bool:
     try:
-        float(text)
+        return math.isfinite(float(text))
     except ValueError:
         return False
-    return True
 
 
 def _unknown(name: str, known: list[str], key: str, listed: bool = True) -> str:

@@ -146,6 +146,36 @@ def evaluate(
     return Evaluation(figures, predictions, seconds, task.metric)
 
 
+def answer(
+    model: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    task: Task,
+    examples: Sequence[Example],
+    spec: EvaluationSpec,
+    *,
+    seed: int = 0,
+    first: int = 0,
+) -> list[Prediction]:
+    """Answer examples as `evaluate` does; return each sample with what the task says of it.
+
+    A sample depends on seed, number of its example and number of the sample only (up to rounding in
+    the model), so examples may be answered some at a time.
+
+    Args:
+        model: The model with its active adapters.
+        tokenizer: Its tokenizer.
+        task: What to ask and how to score.
+        examples: Rows.
+        spec: Batch size, decoding, samples.
+        seed: Seed of sampling.
+        first: Number of the first example.
+
+    Raises:
+        ReftuneError: As `evaluate`.
+    """
+    return _generated(_Run(model, tokenizer, task, examples, spec, seed, first=first))
+
+
 @dataclass(frozen=True)
 class _Run:
     """The arguments of one evaluation."""
@@ -156,9 +186,10 @@ class _Run:
     examples: Sequence[Example]
     spec: EvaluationSpec
     seed: int
-    adapter_names: Sequence[str] | None
-    max_len: int | None
-    progress: Progress | None
+    adapter_names: Sequence[str] | None = None
+    max_len: int | None = None
+    progress: Progress | None = None
+    first: int = 0
 
     @property
     def prompts(self) -> list[Any]:
@@ -190,7 +221,7 @@ def _generated(run: _Run) -> list[Prediction]:
     rows_of.require_generation(run.model)
     names = check_adapters(run.model, run.adapter_names, len(run.examples))
     rows = run.rows(decoding.max_new_tokens)
-    jobs = jobs_of(run.model, rows, decoding, names, run.subspaces)
+    jobs = jobs_of(run.model, rows, decoding, names, run.subspaces, run.first)
     progress = run.progress or False
     batch = (spec.batch_size, progress, _shared(run, jobs, decoding.options))
     answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, *batch)

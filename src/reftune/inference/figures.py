@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from reftune.inference import stats
@@ -125,29 +125,54 @@ def _outcome(run: Scored, prediction: Prediction) -> Any:
 def _sample_figures(run: Scored, predictions: list[Prediction], level: float) -> dict[str, Figure]:
     """Return pass@k for k = 2, 4, 8 ... and all samples, and majority@samples."""
     metric, samples = run.task.metric, run.spec.samples
-    by_row: dict[str, list[Prediction]] = {}
-    for prediction in predictions:
-        by_row.setdefault(prediction.id, []).append(prediction)
     if not all(p.scores.get(metric) in (0.0, 1.0) for p in predictions):
         return {}
-    right = [sum(int(p.scores[metric]) for p in row) for row in by_row.values()]
+    right = [sum(int(p.scores[metric]) for p in row) for row in _by_row(predictions)]
     sizes = sorted({samples, *(2**i for i in range(1, samples.bit_length()) if 2**i < samples)})
     figures = {}
     for k in sizes:
         values = [stats.pass_at_k(samples, count, k) for count in right]
         figures[f"pass@{k}"] = _figure(values, run.seed, level)
-    votes = [_majority(row, metric) for row in by_row.values()]
-    figures[f"majority@{samples}"] = _figure(votes, run.seed, level)
+    figures[f"majority@{samples}"] = choice_figure(predictions, metric, _majority, run.seed, level)
     return figures
 
 
-def _majority(row: list[Prediction], metric: str) -> float:
-    """Return the score of the answer most samples gave (the earlier one on a tie)."""
+def choice_figure(
+    predictions: Sequence[Prediction],
+    metric: str,
+    choose: Callable[[Sequence[Prediction]], Prediction | None],
+    seed: int,
+    level: float = 0.95,
+) -> Figure:
+    """Return the mean score of the answer that is chosen among the samples of each row.
+
+    Args:
+        predictions: All answers.
+        metric: What is scored.
+        choose: Chooses among the answers to one row; None counts as wrong.
+        seed: Seed of a bootstrap interval.
+        level: Coverage of the interval.
+    """
+    chosen = [choose(row) for row in _by_row(predictions)]
+    values = [0.0 if answer is None else answer.scores[metric] for answer in chosen]
+    return _figure(values, seed, level)
+
+
+def _by_row(predictions: Sequence[Prediction]) -> list[list[Prediction]]:
+    """Return the answers to each row, in the order of the rows."""
+    rows: dict[str, list[Prediction]] = {}
+    for prediction in predictions:
+        rows.setdefault(prediction.id, []).append(prediction)
+    return list(rows.values())
+
+
+def _majority(row: Sequence[Prediction]) -> Prediction | None:
+    """Return the first sample with the answer that most samples gave (the earlier on a tie)."""
     given = [p for p in row if p.extracted is not None]
     if not given:
-        return 0.0
+        return None
     winner, _ = Counter(p.extracted for p in given).most_common(1)[0]
-    return next(p.scores[metric] for p in given if p.extracted == winner)
+    return next(p for p in given if p.extracted == winner)
 
 
 def _auroc_figure(run: Scored, predictions: list[Prediction], level: float) -> Mapping[str, Figure]:

@@ -115,7 +115,7 @@ def answer_jobs(
     """
     from reftune.inference import prompts as rows_of
 
-    answers = [[""] * decoding.samples for _ in {job.row for job in jobs}]
+    answers = {job.row: [""] * decoding.samples for job in jobs}
     done = 0
     with rows_of.evaluating(model), _Reporting(progress, len(jobs)) as report:
         for batch, sequences in batches(model, tokenizer, jobs, decoding, batch_size, shared):
@@ -124,7 +124,7 @@ def answer_jobs(
                 answers[job.row][job.sample] = text
             done += len(batch)
             report(done, len(jobs))
-    return answers
+    return list(answers.values())
 
 
 def _texts(

@@ -16,13 +16,12 @@ import re
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from reftune.errors import DataError, RecipeError
-from reftune.report.files import to_json, write_text_atomic
+from reftune.inference.resuming import rows_to_file
 
 if TYPE_CHECKING:
     from torch import nn
@@ -342,8 +341,7 @@ def build(
 ) -> list[dict[str, Any]]:
     """Answer and judge examples into a file, some at a time; a killed call goes on where it was.
 
-    What is done stands in `<path>.part`, with the settings it was made by; the file itself appears
-    when all is done.
+    See `resuming.rows_to_file`.
 
     Args:
         path: The `.jsonl` file to write.
@@ -359,31 +357,12 @@ def build(
     Raises:
         DataError: If the unfinished rows were made by other settings.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
-    head = {"settings": {**settings, "chunk": chunk, "rows": [e.id for e in examples]}}
-    chunks = list(_done(part, head))
     form = (settings.get("instruction", ""), settings.get("chat", False))
-    for start in range(chunk * len(chunks), len(examples), chunk):
-        some = examples[start : start + chunk]
+
+    def make(some: Sequence[Example], start: int) -> list[dict[str, Any]]:
         asked = [asked_for(example, *form) for example in some]
         outputs = generator([prompt for prompt, _ in asked], start)
-        chunks.append(judged_rows(task, some, outputs, judge, [fields for _, fields in asked]))
-        write_text_atomic(part, "".join(to_json(x) + "\n" for x in (head, *chunks)))
-        progress(min(start + chunk, len(examples)), len(examples))
-    rows = [row for found in chunks for row in found]
-    write_text_atomic(path, "".join(to_json(row) + "\n" for row in rows))
-    part.unlink(missing_ok=True)
-    return rows
+        return judged_rows(task, some, outputs, judge, [fields for _, fields in asked])
 
-
-def _done(part: Path, head: dict[str, Any]) -> Iterator[list[dict[str, Any]]]:
-    """Yield the chunks of rows that an earlier call has finished."""
-    if not part.is_file():
-        return
-    first, *lines = part.read_text(encoding="utf-8").splitlines()
-    if json.loads(first) != json.loads(to_json(head)):
-        raise DataError(
-            f"{part} was made by other settings.", "Use those, delete it, or choose another --out."
-        )
-    yield from map(json.loads, lines)
+    settings = {**settings, "rows": [example.id for example in examples]}
+    return rows_to_file(path, examples, make, settings, chunk, progress)

@@ -32,6 +32,7 @@ class Prediction:
         sample: Number of the sample, from 0.
         logprobs: Log-probability of each choice in nats, where choices were compared.
         cut: Tokens of the prompt that were cut off because it was too long.
+        p_right: Probability that it is right, where a reward model was asked.
     """
 
     id: str
@@ -43,6 +44,7 @@ class Prediction:
     sample: int = 0
     logprobs: tuple[float, ...] | None = None
     cut: int = 0
+    p_right: float | None = None
 
 
 class HasPredictions(Protocol):

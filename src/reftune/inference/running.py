@@ -26,7 +26,7 @@ class Job:
     """One answer to produce.
 
     Attributes:
-        row: Place of its prompt.
+        row: Number of its prompt; with the sample and the seed it fixes the noise.
         sample: Number of the answer to that prompt.
         ids: What the model reads.
         budget: Most tokens to write.
@@ -54,8 +54,17 @@ def jobs_of(
     decoding: Decoding,
     names: Sequence[str] | None,
     subspaces: Sequence[Sequence[int] | None] | None = None,
+    first: int = 0,
 ) -> list[Job]:
     """Return one job an answer, with the tokens it may take before the context ends.
+
+    Args:
+        model: The model.
+        rows: The prompts in tokens.
+        decoding: How answers are produced.
+        names: Adapter of each prompt.
+        subspaces: Dimensions of the edit that act on each prompt.
+        first: Number of the first prompt, where these are a part of many.
 
     Raises:
         DataError: If a prompt leaves no room for an answer, or `subspaces` has another length.
@@ -75,7 +84,7 @@ def jobs_of(
         told = (row.subject, None if dims is None else tuple(dims), row.mask)
         adapter = names[index] if names else None
         for sample in range(decoding.samples):
-            jobs.append(Job(index, sample, row.ids, budget, adapter, *told))
+            jobs.append(Job(first + index, sample, row.ids, budget, adapter, *told))
     short = {job.row for job in jobs if job.budget < decoding.max_new_tokens}
     if short:
         log.warning(

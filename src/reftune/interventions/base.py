@@ -7,12 +7,15 @@ hidden states of the edited tokens, calls it, scales and adds its `delta`.
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, fields
+from functools import cache
 from typing import Any, ClassVar, Literal
+from weakref import WeakSet
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from reftune.errors import AdapterError
 from reftune.interventions.checking import check_fields
@@ -214,6 +217,8 @@ def orthonormal_rows(free: Float[Tensor, "rank dim"]) -> Float[Tensor, "rank dim
 FREE_SCALE = 0.5
 """Initial norm of the free rows. R does not depend on it, but its speed under Adam does: with 1/2
 a step turns R as far as in the reference's Householder map, so published rates carry over."""
+SETTLED = 1e-5
+"""Free rows count as orthogonal up to this share of their length; rounding is below it."""
 
 
 class Orthonormal:
@@ -222,6 +227,13 @@ class Orthonormal:
     R is recomputed where gradients are needed and cached otherwise, until the parameter changes.
     The free parameter is never weight-decayed: decay would only move it along directions that QR
     removes, or, as in torch's own parametrisation, destroy R.
+
+    Training some dimensions leaves the rows of R of all others as they are, to rounding, whichever
+    they are (appendix G.1 of arXiv 2404.03592 trains one skill in each part). QR alone would not:
+    it turns later rows to make room for earlier ones. So from the first pass that selects
+    dimensions on, the free rows are kept orthogonal, and after an optimiser step what has moved
+    gives way to what has not. Nothing of this touches adapters that train without selection.
+    Processes that train together must all select. Not kept where parameters are sharded (FSDP).
     """
 
     reft_rotation: nn.Parameter
@@ -229,7 +241,11 @@ class Orthonormal:
     def _make_rotation(self, rank: int, dim: int) -> None:
         self.reft_rotation = linear_parameter(rank, dim)
         self.reft_rotation._no_decay = True
+        self._forget()
+
+    def _forget(self) -> None:
         self._rotation_cache: tuple[tuple, Float[Tensor, "rank dim"]] | None = None
+        self._settled: tuple[tuple, Float[Tensor, "rank dim"]] | None = None
 
     def _reset_rotation(self) -> None:
         nn.init.orthogonal_(self.reft_rotation, gain=FREE_SCALE)
@@ -240,16 +256,51 @@ class Orthonormal:
         """Return R. With `select` only the rows it selects anywhere receive gradient."""
         free = self.reft_rotation
         if torch.is_grad_enabled() and free.requires_grad:
-            if select is not None:
-                used = select.any(0)[:, None]
-                free = torch.where(used, free, free.detach())
-            return orthonormal_rows(free)
-        key = (free._version, free.data_ptr(), free.device, free.dtype)
+            return orthonormal_rows(free) if select is None else self._selected(select.any(0))
+        key = _state(free)
         if self._rotation_cache is None or self._rotation_cache[0] != key:
             # What inference mode makes could not be used in a training step afterwards.
             with torch.inference_mode(False), torch.no_grad():
                 self._rotation_cache = (key, orthonormal_rows(free))
         return self._rotation_cache[1]
+
+    def _selected(self, used: Bool[Tensor, " rank"]) -> Float[Tensor, "rank dim"]:
+        """Return R with gradient in some rows, across the span of all others."""
+        if self._settled is None or self._settled[0] != _state(self.reft_rotation):
+            self._settle(torch.ones_like(used))  # the first time, or after loading
+            _follow(self)
+        order = used.int().argsort(stable=True)
+        free = self.reft_rotation[order]
+        free = torch.where(used[order][:, None], free, free.detach())
+        return orthonormal_rows(free)[order.argsort()]
+
+    @torch.no_grad()
+    def _settle(self, moved: Bool[Tensor, " rank"]) -> None:
+        """Make the free rows orthogonal by turning those that moved; R of the others stays.
+
+        Rows that are orthogonal already are not written: doing it twice, as a resumed run does,
+        changes no bit.
+        """
+        free = self.reft_rotation
+        order = moved.int().argsort(stable=True)
+        rotation = orthonormal_rows(free[order])[order.argsort()]
+        across = (free * rotation).sum(1, keepdim=True) * rotation
+        write = moved & ((free - across).norm(dim=1) > SETTLED * free.norm(dim=1)).any()
+        free.copy_(torch.where(write[:, None], across, free))
+        self._settled = (_state(free), free.detach().clone())
+
+    @torch.no_grad()
+    def _after_step(self) -> None:
+        """Settle what an optimiser step has moved."""
+        free = self.reft_rotation
+        if self._settled is None or self._settled[0] == _state(free):
+            return
+        before = self._settled[1]
+        is_plain = type(free.data) is Tensor and before.shape == free.shape
+        if not is_plain or before.device != free.device:
+            self._settled = None  # sharded by now, or elsewhere
+            return
+        self._settle(_turned(before, free))
 
     def train(self, mode: bool = True) -> Any:
         """Switch mode and forget the cached R: writes through `.data` leave no trace."""
@@ -258,13 +309,44 @@ class Orthonormal:
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        state = self.__dict__.copy()
-        state["_rotation_cache"] = None
-        return state
+        return {**self.__dict__, "_rotation_cache": None, "_settled": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.reft_rotation._no_decay = True  # copies of a parameter lose its attributes
+
+
+def _state(free: Float[Tensor, "rank dim"]) -> tuple:
+    """Return what changes whenever a parameter is written to or replaced."""
+    return (free._version, free.data_ptr(), free.device, free.dtype)
+
+
+def _turned(
+    before: Float[Tensor, "rank dim"], after: Float[Tensor, "rank dim"]
+) -> Bool[Tensor, " rank"]:
+    """Return which rows point elsewhere than before; weight decay only makes them shorter."""
+    before, after = before.double(), after.double()
+    along = F.normalize(before, dim=1)
+    rest = after - (after * along).sum(1, keepdim=True) * along
+    return rest.norm(dim=1) > 2 * torch.finfo(torch.float32).eps * after.norm(dim=1)
+
+
+_apart: WeakSet[Orthonormal] = WeakSet()
+"""Modules of which dimensions were trained apart; they are told of every optimiser step."""
+
+
+def _follow(module: Orthonormal) -> None:
+    _apart.add(module)
+    _listen()
+
+
+@cache
+def _listen() -> None:
+    def stepped(*_: Any) -> None:
+        for module in list(_apart):
+            module._after_step()
+
+    register_optimizer_step_post_hook(stepped)
 
 
 def masked(

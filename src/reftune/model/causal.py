@@ -109,6 +109,20 @@ def prefill(model: nn.Module, prefix: Prefix) -> DynamicCache:
     return cache
 
 
+def check_finite(cache: DynamicCache) -> None:
+    """Check keys and values of prefixes; asked of the first batch of a source, then trusted.
+
+    Raises:
+        ModelError: If a number is not finite: it would reach every suffix, also behind a mask.
+    """
+    for block, layer in enumerate(cache.layers):
+        if not bool(torch.isfinite(layer.keys).all() & torch.isfinite(layer.values).all()):
+            raise ModelError(
+                f"Keys or values of a prefix are not finite in block {block}.",
+                "Set causal: off; if the loss is not finite either, use precision: fp32.",
+            )
+
+
 def _to_the_right(
     states: Float[Tensor, "prefixes heads prefix dim"], prefix: Prefix
 ) -> Float[Tensor, "prefixes heads prefix dim"]:
@@ -124,7 +138,9 @@ class Recompute:
     """Source that computes prefixes anew for each batch, and once for all passes over its rows.
 
     A later batch whose prefixes were all among those of the last one computed (rejected answers, a
-    reference pass, samples one by one) is answered from it.
+    reference pass, samples one by one) is answered from it until `forget`: a prefix has other last
+    bits in another batch, so a training loop forgets before each optimiser step, lest a resumed run
+    differ from one that went on.
 
     Args:
         model: The model with its adapters.
@@ -135,6 +151,7 @@ class Recompute:
     around: Around = nullcontext
     held: _Held | None = field(default=None, repr=False)
     _identity: Identity | None = field(default=None, repr=False)
+    _is_checked: bool = field(default=False, repr=False)
 
     def __call__(self, suffix: Suffix) -> Given:
         """Return the keys and values of the prefixes of a batch."""
@@ -147,6 +164,9 @@ class Recompute:
             self.held = None  # its memory is free before the next is made
             with self.around():
                 cache = prefill(self.model, prefix)
+            if not self._is_checked:
+                check_finite(cache)
+                self._is_checked = True
             self.held = _Held(
                 stamp,
                 {key: place for place, key in enumerate(prefix.keys)},
@@ -156,7 +176,7 @@ class Recompute:
         return Given(self.held.part(prefix))
 
     def forget(self) -> None:
-        """Give the memory of the last batch back."""
+        """Begin a step anew, with nothing computed; gives the memory of the last batch back."""
         self.held = None
 
 

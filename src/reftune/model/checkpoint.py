@@ -27,6 +27,7 @@ from reftune.model.levels import (
     parts,
     refuse_foreign,
 )
+from reftune.model.places import said
 from reftune.model.record import (
     base_record,
     check_below,
@@ -305,17 +306,37 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 def _read_stack(folder: Path) -> tuple[str | None, list[tuple[Path, str]]]:
     """Return the base model's name, and folder and adapter name of a stack's parts from below."""
+    base, entries = _read_order(folder)
+    found = [(str(e.get("folder", "")), str(e.get("name", "default"))) for e in entries]
+    for place, _ in found:
+        if not re.fullmatch(r"[\w-]+", place) or not (folder / place / CONFIG).is_file():
+            raise AdapterError(f"The stack {folder} lacks {place}/.", "Save the stack again.")
+    return base, [(folder / place, name) for place, name in found]
+
+
+def _read_order(folder: Path) -> tuple[str | None, list[dict[str, Any]]]:
+    """Return the base model's name, and what a stack notes of its parts, from below."""
     values = _read_json(folder / STACK)
     order = values.get("order")
     if not isinstance(order, list) or not order:
         raise AdapterError(f"{STACK} in {folder} names no adapters.", "Save the stack again.")
     # Stacks written before a kind could stand in one twice list the folders alone.
-    entries = [entry if isinstance(entry, dict) else {"folder": entry} for entry in order]
-    found = [(str(e.get("folder", "")), str(e.get("name", "default"))) for e in entries]
-    for place, _ in found:
-        if not re.fullmatch(r"[\w-]+", place) or not (folder / place / CONFIG).is_file():
-            raise AdapterError(f"The stack {folder} lacks {place}/.", "Save the stack again.")
-    return values.get("base"), [(folder / place, name) for place, name in found]
+    noted = [entry if isinstance(entry, dict) else {"folder": entry} for entry in order]
+    return values.get("base"), noted
+
+
+def stack_kinds(path: str | Path) -> dict[str, str]:
+    """Return names and kinds of the adapters of a stack, as far as it notes them.
+
+    Args:
+        path: An artefact, or the folder of a run; what is no stack holds none.
+
+    Raises:
+        AdapterError: If its `stack.json` cannot be read.
+    """
+    folder = resolve_folder(path)
+    noted = _read_order(folder)[1] if (folder / STACK).is_file() else []
+    return {str(e["name"]): str(e["kind"]) for e in noted if {"name", "kind"} <= e.keys()}
 
 
 def _base_for(
@@ -396,7 +417,7 @@ def _load_level(
         if isinstance(error, ReftuneError):
             raise
         raise AdapterError(
-            f"The adapter in {folder} does not fit the model: {str(error).splitlines()[0]}",
+            f"The adapter in {folder} does not fit the model: {said(error)}",
             "Load it on the model it was trained on.",
         ) from error
     return loaded

@@ -31,6 +31,12 @@ from reftune.errors import PositionError, nearest
 TERMS = ("fP", "lS", "last", "all_prompt", "generated:K", "response", "subject_last", "all", "mask")
 PREFIX, SUFFIX, TIED = "prefix", "suffix", "tied"
 SHORT = ("union", "paper", "error")
+_NAMES = {
+    "prefix": "the first prompt tokens",
+    "suffix": "the last prompt tokens",
+    "generated": "the first generated tokens",
+}
+"""What a kind of term is to a reader, where its field has another name."""
 MOST = 10**6
 """Largest count of a term; larger ones overflow in tensors and fit no prompt."""
 
@@ -89,7 +95,9 @@ class PositionRule:
         for term in terms:
             key, value = _parse_term(term, str(text))
             if key in values:
-                raise PositionError(f'"{text}" names {key} twice.', "Give each term once.")
+                alike = [term for term in terms if _parse_term(term, str(text))[0] == key]
+                what = f'"{text}" names {_NAMES.get(key, key)} twice.'
+                raise PositionError(what, f"Keep one of: {', '.join(alike)}.")
             values[key] = value
         return cls(**values)
 

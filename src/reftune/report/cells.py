@@ -254,9 +254,7 @@ def _read(path: Path) -> dict[str, Any]:
     plan = root.plain()
     _known(plan, GRID_KEYS, str(path))
     if not isinstance(plan.get("rows"), list) or not plan["rows"]:
-        raise RecipeError(
-            f"{path} has no rows.", "Write `rows:` with one `- {{method: ...}}` each."
-        )
+        raise RecipeError(f"{path} has no rows.", "Write `rows:` with one `- {method: ...}` each.")
     for number, row in enumerate(plan["rows"]):
         _known(row, ROW_KEYS, f"{path}: rows.{number}")
     if "recipe" not in plan and any("recipe" not in row for row in plan["rows"]):

@@ -18,10 +18,18 @@ Made from `results.json` by `python -m reftune.report.results`; do not edit. Val
 seeds ± standard deviation over seeds, with a 95 % interval in brackets that covers both the choice
 of test rows and the seeds. Bold is the best mean of a table, which is no claim of significance.
 `open` is a cell that has not been run yet. Below each table stand the commands that made it.
+
+`time` is training and evaluation together, summed over seeds, on a machine that had other work
+too: what a row costs to make again, not which method is faster; sections `speed` and `causal`
+measure that. `bar` is what this project asks of a value, no published figure, and `holds` says
+whether the value meets it.
 """
 
 ABOUT = {
-    "demo": "What `make demo` prints: one seed.",
+    "demo": "What `make demo` prints: one seed. LoRA takes LoReFT's learning rate, not one that "
+    "was sought for it.",
+    "families": "Learning rates were chosen on validation rows, as `recipes/grids/families.yaml` "
+    "tells. Differences are paired: same questions, same seeds.",
     "brep": "BREP beside RED, LoReFT and LoRA at equal data and steps, trained on prose solutions "
     "of nano's known families. Trained was `format_accuracy`; `accuracy` counts the last number in "
     "any form and is the skill that was there before, on known families and on half, new, far.",

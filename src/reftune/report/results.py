@@ -139,6 +139,7 @@ def _share_interval(mean: float, variance: float, rows: float, n: int) -> tuple[
 
 
 def _seconds(reports: Sequence[Report]) -> float | None:
+    """Return what a cell took: training and evaluation, summed over its seeds."""
     spent = [report.train_seconds for report in reports if report.train_seconds is not None]
     spent += [report.eval_seconds for report in reports if report.eval_seconds is not None]
     return round(math.fsum(spent), 1) if spent else None

@@ -262,7 +262,7 @@ def result_table(rows: Sequence[ResultRow], title: str = "") -> Table:
         spent = "" if row.seconds is None else show_seconds(row.seconds)
         size = "" if row.n is None else f"{row.n:,}"
         table.add(
-            row.name.partition("/")[2] + (f" ({row.note})" if row.note else ""),
+            _label(row.name, row.note),
             row.method,
             row.task,
             row.model,
@@ -292,7 +292,7 @@ def wide_table(rows: Sequence[ResultRow], title: str = "") -> Table:
         cells = [_row_cell(found.get(metric)) for metric in metrics]
         if all(row.is_open for row in found.values()):
             cells = [Cell(OPEN), *[Cell("")] * (len(metrics) - 1)]
-        label = name.partition("/")[2] + (f" ({first.note})" if first.note else "")
+        label = _label(name, first.note)
         table.add(label, *cells, "" if first.trainable is None else f"{first.trainable:,}")
     return table
 
@@ -310,11 +310,16 @@ def checked_table(rows: Sequence[ResultRow], title: str = "", with_metric: bool 
     words = {True: "yes", False: "**no**", None: ""}
     for row in rows:
         name = row.name.split(":")[0] if with_metric else row.name
-        label = name.partition("/")[2] + (f" ({row.note})" if row.note else "")
+        label = _label(name, row.note)
         metric = [row.metric.replace("_", " ")] if with_metric else []
         size = "" if row.n is None else f"{row.n:,}"
         table.add(label, *metric, _row_cell(row), size, row.bar, words[row.holds])
     return table
+
+
+def _label(name: str, note: str) -> str:
+    """Return the name of a row inside its section, if it has one, and its note."""
+    return (name.partition("/")[2] or name) + (f" ({note})" if note else "")
 
 
 def _row_cell(row: ResultRow | None) -> Cell:

@@ -258,9 +258,26 @@ def value(row: Row, field: str, origin: str) -> Any:
 
 
 def text(row: Row, field: str, origin: str) -> str:
-    """Return a field as text; None becomes empty, other values are written out."""
-    found = value(row, field, origin)
-    return "" if found is None else found if isinstance(found, str) else str(found)
+    """Return a field as text; numbers and other values are written out.
+
+    Raises:
+        DataError: If the row lacks the field, or has null there.
+    """
+    return written(value(row, field, origin), field, place(row, origin))
+
+
+def written(value: object, name: str, where: str) -> str:
+    """Return the value of a field as text.
+
+    Raises:
+        DataError: If it is null: a text that is not there would be trained as an empty one.
+    """
+    if value is None:
+        raise DataError(
+            f'{where}: the field "{name}" is null.',
+            'Fill it in, write "" where an empty text is meant, or take the row out of the data.',
+        )
+    return str(value)
 
 
 def require(rows: Iterable[Row], names: Iterable[str], origin: str) -> None:
@@ -273,3 +290,15 @@ def require(rows: Iterable[Row], names: Iterable[str], origin: str) -> None:
     for row in rows:
         for name in wanted:
             value(row, name, origin)
+
+
+def from_json(given: Any) -> Any:
+    """Return what a text field holds as JSON, or the field itself: CSV knows text only.
+
+    >>> from_json("[1, 2]"), from_json("one"), from_json(3)
+    ([1, 2], 'one', 3)
+    """
+    try:
+        return json.loads(given) if isinstance(given, str) else given
+    except json.JSONDecodeError:
+        return given

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from reftune.errors import DataError
 from reftune.tasks.base import Example
@@ -67,6 +68,22 @@ def refuse_test(name: str, task: str = "") -> None:
             f'Refusing to train on "{name}"{of}: it holds test questions.',
             "Give a training file; rename the file if it truly is one.",
         )
+
+
+def refuse_test_rows(rows: Iterable[Mapping[str, Any]], origin: str) -> None:
+    """Raise if a row says by its field `split` that it is a test row.
+
+    `reftune sample` writes that field, so answers to test questions are known in a renamed file.
+
+    Raises:
+        DataError: For the first such row.
+    """
+    for number, row in enumerate(rows, start=1):
+        if row.get("split") == "test":
+            raise DataError(
+                f'Refusing to train on "{origin}": row {number} has the split "test".',
+                "Take the test rows out.",
+            )
 
 
 def refuse_same(train: str | None, test: str | None) -> None:

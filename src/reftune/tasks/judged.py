@@ -6,6 +6,9 @@
 model gave), `judgment` (what is wrong with it; null or empty if nothing is) and `answer` (the right
 solution); `instruction` (a system prompt), `gold` (the short answer) and `id` may be missing.
 
+`scored` names the task whose test rows are scored, asked in the form that is trained, with the
+instruction of the first training row; without it `task.test` is a file of `input` and `answer`.
+
 Each answer gets two guides, other prompts to ask for it behind: `standard` shows the right
 solution, `judge` (wrong answers only) the judgment. The wording of the chat prompts is our own.
 """
@@ -18,11 +21,12 @@ from typing import Any, ClassVar, Literal
 
 from reftune import rewards
 from reftune.config.recipe import TaskSpec
-from reftune.errors import DataError, RecipeError
+from reftune.errors import DataError
 from reftune.rewards import Rule
-from reftune.tasks import base, guard, templates
-from reftune.tasks.base import Example, Split, Task
+from reftune.tasks import base, guard, scored, templates
+from reftune.tasks.base import Example, Split
 from reftune.tasks.files import Row, place, read_rows, require, text
+from reftune.tasks.scored import ScoredElsewhere
 
 EXPERT = (
     "You are an expert. Below are a question and its standard answer. Study the standard answer, "
@@ -37,7 +41,7 @@ WORSE = (
 
 
 @dataclass(frozen=True)
-class Options(base.Options):
+class Options(scored.Options):
     """Options of judged answers."""
 
     chat: bool = False
@@ -55,10 +59,6 @@ class Options(base.Options):
     learn: Literal["output", "answer"] = "output"
     """`answer` learns the right solution instead of the model's own answer: for comparisons, with
     the objective `sft`."""
-    scored: dict[str, Any] | None = None
-    """Task whose test rows are scored, such as {name: gsm8k}, asked in the form that is trained,
-    with the instruction of the first training row; default is the file `task.test`, whose rows
-    need `input` and `answer` alone."""
     max_new_tokens: int = 512
     """Longest answer, where `scored` does not say."""
     holdout: int = 300
@@ -66,7 +66,7 @@ class Options(base.Options):
     task.validation (at most a tenth)."""
 
 
-class Judged(Task):
+class Judged(ScoredElsewhere):
     """A model's own answers with right solutions and judgments, written by `reftune judge`."""
 
     name = "judged"
@@ -75,25 +75,8 @@ class Judged(Task):
     def __init__(self, spec: TaskSpec) -> None:
         super().__init__(spec)
         self.rule: Rule = rewards.get("numeric" if spec.reward == "exact" else spec.reward)
-        self.max_new_tokens = self.options.max_new_tokens
-        self.scored = self._scored()
-        if self.scored is not None:
-            self.metric = self.scored.metric
-            self.max_new_tokens = self.scored.max_new_tokens
-
-    def _scored(self) -> Task | None:
-        if self.options.scored is None:
-            return None
-        from reftune import tasks
-        from reftune.config.loader import task_of
-
-        found = tasks.get(task_of({**self.options.scored, "test_size": self.spec.test_size}, []))
-        if found.kind != "generation":
-            raise RecipeError(
-                f'Task "{found.name}" of task.scored has no generated answers.',
-                "Name one whose answers are generated.",
-            )
-        return found
+        if self.scored is None:
+            self.max_new_tokens = self.options.max_new_tokens
 
     @property
     def prompt_form(self) -> str | None:
@@ -125,7 +108,7 @@ class Judged(Task):
             instruction = ""
             if self.spec.train:
                 instruction = str(read_rows(self.spec.train)[0].get("instruction") or "")
-            return [self._asked(example, instruction) for example in self.scored.rows_of("test")]
+            return [self._asked(example, instruction) for example in self.scored_rows("test")]
         return self._examples(self._given("test"), "test")
 
     def _given(self, split: str) -> str:
@@ -194,27 +177,13 @@ class Judged(Task):
         lead = f"{fields['instruction']}\n\n" if fields["instruction"] and not is_asked else ""
         return lead + filled
 
-    def extract(self, text: str, example: Example) -> str | None:
-        """Return the answer in a generated text, by the scored task or the rule `task.reward`."""
-        if self.scored is not None and "guides" not in example.meta:
-            return self.scored.extract(text, example)
+    def extract_own(self, text: str) -> str | None:
+        """Return the answer in a generated text, by the rule `task.reward`."""
         return self.rule.extract(text)
 
-    def aggregate(
-        self,
-        scores: Sequence[dict[str, float]],
-        examples: Sequence[Example],
-        predictions: Sequence[Any],
-    ) -> dict[str, float]:
-        """Return the metrics of the scored task that are no mean over examples."""
-        is_own = self.scored is None or any("guides" in e.meta for e in examples)
-        return {} if is_own else self.scored.aggregate(scores, examples, predictions)
-
-    def score(self, text: str, example: Example) -> dict[str, float]:
-        """Return the metrics of the scored task, or the accuracy by the rule `task.reward`."""
-        if self.scored is not None and "guides" not in example.meta:
-            return self.scored.score(text, example)
-        answer = self.extract(text, example)
+    def score_own(self, text: str, example: Example) -> dict[str, float]:
+        """Return the accuracy by the rule `task.reward`."""
+        answer = self.extract_own(text)
         right = answer is not None and self.rule.matches(answer, example.answer)
         return {self.metric: float(right)}
 

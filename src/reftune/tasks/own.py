@@ -4,13 +4,13 @@
     task: {name: own, train: my.csv, prompt: "Q: {question} A:", completion: " {reply}"}
     task: {name: own, train: chats.jsonl, messages: messages}      # chat template
     task: {name: own, train: reviews.csv, options: {text: review, label: stars}}
+    task: {name: own, train: samples.jsonl, scored: {name: gsm8k}}  # of `reftune sample`
 
 Hub sets are written `owner/name`, `owner/name:config` or `owner/name:config@split`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -19,21 +19,21 @@ from typing import Any, ClassVar, Literal
 
 from reftune import rewards
 from reftune.config.recipe import TaskSpec
-from reftune.errors import DataError
+from reftune.errors import DataError, RecipeError
 from reftune.rewards import Rule
 from reftune.rewards.base import after
-from reftune.tasks import base, guard, templates
-from reftune.tasks.base import Example, Kind, Split, Task
-from reftune.tasks.files import Row, place, read_rows, require, suffix_of, text, value
+from reftune.tasks import base, guard, scored, templates
+from reftune.tasks.base import Example, Kind, Split
+from reftune.tasks.chats import chat_messages
+from reftune.tasks.files import Row, from_json, place, read_rows, require, suffix_of, text, value
+from reftune.tasks.scored import ScoredElsewhere
 from reftune.tasks.sources import Hub, Rows, load_hub
 
 log = logging.getLogger(__name__)
 
-_ROLES = {"human": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant"}
-
 
 @dataclass(frozen=True)
-class Options(base.Options):
+class Options(scored.Options):
     """Options of your own data."""
 
     holdout: int = 300
@@ -51,6 +51,9 @@ class Options(base.Options):
     """Longest answer."""
     turns: Literal["last", "all"] = "last"
     """Chat: learn the last assistant message, or each one in turn."""
+    question: str | None = None
+    """Field with the bare question, by which training and scored rows are compared; default is the
+    prompt."""
     subspace: str | None = None
     """Field with the edit dimensions a row trains, such as [0, 1, 2, 3]."""
     subject: str | None = None
@@ -68,18 +71,24 @@ class Options(base.Options):
     """Classification: names of the classes in order; default is all found in training, sorted."""
 
 
-class Own(Task):
+class Own(ScoredElsewhere):
     """Data of the user's own."""
 
     name = "own"
     Options: ClassVar[type] = Options
 
     def __init__(self, spec: TaskSpec) -> None:
+        self.kind = self.kind_of(spec.options)
         super().__init__(spec)
-        self.max_new_tokens = self.options.max_new_tokens
+        if self.scored is None:
+            self.max_new_tokens = self.options.max_new_tokens
+        elif self.kind == "classification":
+            raise RecipeError(
+                "task.scored is for generated answers, and task.label makes a classification.",
+                "Leave one of them out.",
+            )
         self.rule: Rule = rewards.get(spec.reward)
         self._labels = self.options.labels
-        self.kind = self.kind_of(spec.options)
 
     @classmethod
     def kind_of(cls, options: dict[str, Any]) -> Kind:
@@ -98,6 +107,8 @@ class Own(Task):
         """Prompt around a question: the template if it has one field, else the bare text."""
         if self.spec.messages is not None or self.kind == "classification":
             return None
+        if self.scored is not None:
+            return self.scored.prompt_form
         names = templates.field_names(self.spec.prompt)
         if not names:
             return "{prompt}"
@@ -107,7 +118,7 @@ class Own(Task):
 
     def cut_from_training(self, split: Split) -> bool:
         """Return whether a split is a part of the training rows."""
-        if split == "test" and self.spec.test:
+        if self.scored is not None or (split == "test" and self.spec.test):
             return False
         return split in ("validation", "test") and not self.spec.validation
 
@@ -130,24 +141,28 @@ class Own(Task):
         return self._labels
 
     def rows_of(self, split: Split) -> Sequence[Example]:
-        """Return a split: validation rows are cut from training rows if none are given."""
+        """Return a split: without task.validation, rows of the scored task or training rows."""
         if split == "test":
             return self._test_rows()
         if split == "validation" and self.spec.validation:
             return self._examples(self.spec.validation, split)
+        if split == "validation" and self.scored is not None:
+            return self.scored_rows(split)
         train = _given(self.spec.train, "train")
         guard.refuse_same(train, self.spec.test)
         guard.refuse_same(train, self.spec.validation)
         for name in _names(train):
             guard.refuse_test(name)
         examples = self._examples(train, "train")
-        if not self.spec.validation and (split != "train" or self.hold_out):
+        if self.cut_from_training("validation") and (split != "train" or self.hold_out):
             examples = self._cut(examples, split)
-        if split == "train" and self.options.drop_overlap and self.spec.test:
+        if split == "train" and self.options.drop_overlap and (self.spec.test or self.scored):
             examples = guard.drop_overlap(examples, self._test_rows())
         return examples
 
     def _test_rows(self) -> Sequence[Example]:
+        if self.scored is not None:
+            return self.scored_rows("test")
         if self.spec.test:
             return self._examples(self.spec.test, "test")
         log.warning("No task.test is given: the validation rows are scored instead.")
@@ -159,12 +174,16 @@ class Own(Task):
             raise DataError(
                 f"No rows are left for validation: {len(examples)} training rows, holdout "
                 f"{self.options.holdout}.",
-                "Give task.validation or task.test, or set evaluation.split: none.",
+                "Give task.validation, at least 10 training rows, or a holdout above 0."
+                if self.spec.test
+                else "Give task.validation or task.test, or set evaluation.split: none.",
             )
         return kept
 
     def _examples(self, name: str, split: Split) -> list[Example]:
         rows = _read(name, split)
+        if split == "train":
+            guard.refuse_test_rows(rows.rows, rows.origin)
         if self.spec.messages is None and self.kind != "classification":
             self._check_fields(rows)
         examples: list[Example] = []
@@ -209,14 +228,19 @@ class Own(Task):
                 f'Fill in "{self.spec.completion}", or take the row out of the data.',
             )
         answer = _form(self.spec.answer, row, origin) if self.spec.answer else completion.strip()
-        example = Example(row_id, prompt, self.options.separator + completion, answer, prompt)
+        target = self.options.separator + completion
+        question = self._question(row, origin) or prompt
+        example = Example(row_id, prompt, target, answer, question)
         return [self._marked(self._with_subspace(example, row, origin), row, origin)]
+
+    def _question(self, row: Row, origin: str) -> str:
+        return text(row, self.options.question, origin) if self.options.question else ""
 
     def _with_subspace(self, example: Example, row: Row, origin: str) -> Example:
         if self.options.subspace is None:
             return example
         given = value(row, self.options.subspace, origin)
-        dims = _from_json(given)
+        dims = from_json(given)
         if not isinstance(dims, list) or not all(isinstance(d, int) and d >= 0 for d in dims):
             raise DataError(
                 f'{place(row, origin)}: "{self.options.subspace}" is {given!r}.',
@@ -241,10 +265,20 @@ class Own(Task):
                 f'{place(row, origin)}: label "{name}" is none of {", ".join(self.labels)}.',
                 "List all classes in task.options.labels.",
             )
-        pair = text(row, options.pair, origin) if options.pair else None
-        shown = _form(options.text or self.spec.prompt, row, origin)
+        shown, pair = self.shown(row, origin)
         label = self.labels.index(name)
         return Example(row_id, shown, "", name, shown, label=label, pair=pair)
+
+    def shown(self, row: Row, origin: str) -> tuple[str, str | None]:
+        """Return the text, or the two texts, of a row to classify.
+
+        Args:
+            row: The row.
+            origin: Where it is from, for messages.
+        """
+        options = self.options
+        pair = text(row, options.pair, origin) if options.pair else None
+        return _form(options.text or self.spec.prompt, row, origin), pair
 
     def _chats(self, row: Row, row_id: str, origin: str) -> list[Example]:
         messages = chat_messages(value(row, self.spec.messages, origin), place(row, origin))
@@ -260,11 +294,13 @@ class Own(Task):
             learned = messages[turn]["content"]
             answer = _form(self.spec.answer, row, origin) if self.spec.answer else learned
             name = f"{row_id}.{turn}" if len(chosen) > 1 else row_id
-            example = Example(name, "", "", answer.strip(), messages=tuple(messages[: turn + 1]))
+            asked = self._question(row, origin)
+            seen = tuple(messages[: turn + 1])
+            example = Example(name, "", "", answer.strip(), asked, seen)
             examples.append(self._marked(self._with_subspace(example, row, origin), row, origin))
         return examples
 
-    def extract(self, text: str, example: Example) -> str | None:
+    def extract_own(self, text: str) -> str | None:
         """Return the answer in a generated text by the rule of `task.reward`."""
         if self.kind == "classification":
             return self._class_name(text)
@@ -278,12 +314,13 @@ class Own(Task):
         is_index = text.isdigit() and text not in self.labels and int(text) < len(self.labels)
         return self.labels[int(text)] if is_index else text
 
-    def score(self, text: str, example: Example) -> dict[str, float]:
+    def score_own(self, text: str, example: Example) -> dict[str, float]:
         """Return the accuracy of one generated text, or of one predicted class."""
-        answer = self.extract(text, example)
+        answer = self.extract_own(text)
         if self.kind == "classification":
-            return {"accuracy": float(answer == example.answer)}
-        return {"accuracy": float(answer is not None and self.rule.matches(answer, example.answer))}
+            return {self.metric: float(answer == example.answer)}
+        right = answer is not None and self.rule.matches(answer, example.answer)
+        return {self.metric: float(right)}
 
 
 def characters_to_learn(example: Example) -> int:
@@ -291,37 +328,9 @@ def characters_to_learn(example: Example) -> int:
     return len(example.messages[-1]["content"] if example.messages else example.target)
 
 
-def chat_messages(given: Any, where: str) -> list[dict[str, str]]:
-    """Return chat messages as `role` and `content`, also from JSON text and `from`/`value` form.
-
-    Raises:
-        DataError: If they are no list of messages, or one has no text.
-
-    >>> chat_messages([{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Yes?"}], "x")
-    [{'role': 'user', 'content': 'Hi'}, {'role': 'assistant', 'content': 'Yes?'}]
-    """
-    given = _from_json(given)
-    if not isinstance(given, list) or not given:
-        raise DataError(f"{where}: the messages are no (JSON) list, or an empty one.", _CHAT)
-    messages = []
-    for message in given:
-        if not isinstance(message, dict):
-            raise DataError(f"{where}: the message {message!r} is no object.", _CHAT)
-        role, content = message.get("role", message.get("from")), message.get("content")
-        content = message.get("value") if content is None else content
-        role = _ROLES.get(role, role)
-        if role not in ("system", "user", "assistant", "tool") or not isinstance(content, str):
-            raise DataError(f"{where}: the message {str(message)[:80]} cannot be read.", _CHAT)
-        messages.append({"role": role, "content": content})
-    return messages
-
-
-_CHAT = 'Write [{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}].'
-
-
 def _marks(given: Any, row: Row, origin: str) -> tuple[str | tuple[int, int], ...]:
     """Return the texts and character places of a mask field."""
-    marks = _from_json(given)
+    marks = from_json(given)
     marks = marks if isinstance(marks, list) else [marks]
     found: list[str | tuple[int, int]] = []
     for mark in marks:
@@ -341,14 +350,6 @@ def _names(train: str) -> list[str]:
         return [train]
     hub = _hub(train, "train")
     return [hub.split, *([hub.config] if hub.config else [])]
-
-
-def _from_json(given: Any) -> Any:
-    """Return what a text field holds as JSON, or the field itself: CSV knows text only."""
-    try:
-        return json.loads(given) if isinstance(given, str) else given
-    except json.JSONDecodeError:
-        return given
 
 
 def _form(form: str, row: Row, origin: str) -> str:

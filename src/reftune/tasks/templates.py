@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 
 from reftune.errors import DataError, nearest
+from reftune.tasks.files import written
 
 ALPACA = (
     "Below is an instruction that describes a task. "
@@ -55,7 +56,7 @@ def fill_row(template: str, row: dict[str, object], where: str) -> str:
     """Return `template` filled from a row.
 
     Raises:
-        DataError: If the row lacks a field the template asks for.
+        DataError: If the row lacks a field the template asks for, or has null there.
     """
     return _FIELD.sub(lambda found: _value(found, row, where), template)
 
@@ -67,8 +68,7 @@ def _value(found: re.Match[str], values: dict, where: str) -> str:
     if name not in values:
         known = [key for key in values if not key.startswith("__")]
         raise DataError(f'{where}: the template asks for a field "{name}".', nearest(name, known))
-    value = values[name]
-    return "" if value is None else str(value)
+    return written(values[name], name, where)
 
 
 def alpaca(instruction: str, context: str = "") -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import operator
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
@@ -101,6 +101,21 @@ class MetricsWriter(TrainerCallback):
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+class Begun(TrainerCallback):
+    """Says when a step is done.
+
+    Args:
+        begin: Called after each step; the first is the one that counts.
+    """
+
+    def __init__(self, begin: Callable[[], None]) -> None:
+        self.begin = begin
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Say so."""
+        self.begin()
 
 
 class ObjectiveSteps(TrainerCallback):

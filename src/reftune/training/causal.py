@@ -47,6 +47,8 @@ __all__ = ["Settings", "Stored", "difference", "make_source", "settle"]
 
 log = logging.getLogger(__name__)
 
+Kept = causal.Recompute | Stored
+"""A source that knows, until it is told to `forget`, what it computed before."""
 Batches = Callable[[int | None], Iterator["Prepared"]]
 """Returns batches of the first n rows, or of all."""
 
@@ -56,7 +58,7 @@ def make_source(
     plan: Plan,
     store: Store | None = None,
     around: causal.Around = nullcontext,
-) -> causal.Source | None:
+) -> Kept | None:
     """Return the source of a plan, or None where nothing is held constant.
 
     Args:
@@ -168,7 +170,7 @@ def settle(
     around: causal.Around = nullcontext,
     progress: Callable[[int, int], None] = lambda done, total: None,
     refusal: str | None = None,
-) -> tuple[Plan, causal.Source | None]:
+) -> tuple[Plan, Kept | None]:
     """Plan, check both paths on one batch, and fill the store. All processes must call it.
 
     Args:

@@ -8,8 +8,9 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from reftune.errors import TrainingError
 from reftune.report.files import write_json_atomic
@@ -38,11 +39,15 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 def last_checkpoint(folder: Path) -> Path | None:
     """Return the newest undamaged checkpoint, or None; damaged ones are named in a warning."""
+    damaged = 0
     for path in reversed(list_checkpoints(folder)):
         fault = damage(path)
         if fault is None:
             return path
-        log.warning("%s is damaged: %s; going on from before it", path, fault)
+        log.warning("%s is damaged: %s", path, fault)
+        damaged += 1
+    if damaged:
+        log.warning("no checkpoint in %s is whole: training starts anew", folder)
     return None
 
 
@@ -117,13 +122,57 @@ def rotate(folder: Path, keep: int = KEEP) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
+def restore_best(folder: Path) -> None:
+    """Put back the best weights that a kill caught while `publish` was replacing them.
+
+    Those that were to come are lost; a resumed run makes them again.
+    """
+    old = folder / f".old-{BEST}"
+    if old.is_dir() and not (folder / BEST).exists():
+        os.replace(old, folder / BEST)
+
+
+def best_of(folder: Path, history: Iterable[dict[str, Any]]) -> tuple[int, float] | None:
+    """Return step and value of the best weights of a run that keeps them, or None.
+
+    Args:
+        folder: Folder of its checkpoints.
+        history: Its log lines.
+
+    Raises:
+        TrainingError: If validation rows were scored and the weights are missing or damaged.
+    """
+    best = best_so_far(folder)
+    if best is None and any("eval_loss" in line for line in history):
+        raise _no_best(folder / BEST, "the folder is missing")
+    return best
+
+
 def best_so_far(folder: Path) -> tuple[int, float] | None:
-    """Return step and value (loss or metric) of the best weights kept in `folder`, or None."""
-    file = folder / BEST / "best.json"
-    if not file.is_file():
+    """Return step and value (loss or metric) of the best weights kept in `folder`, or None.
+
+    Raises:
+        TrainingError: If they are damaged.
+    """
+    place = folder / BEST
+    if not place.is_dir():
         return None
-    value = json.loads(file.read_text(encoding="utf-8"))
-    return int(value["step"]), float(value.get("value", value.get("validation_loss")))
+    fault = damage(place)
+    if fault is not None:
+        raise _no_best(place, fault)
+    try:
+        found = json.loads((place / "best.json").read_text(encoding="utf-8"))
+        return int(found["step"]), float(found.get("value", found.get("validation_loss")))
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        raise _no_best(place, f"best.json cannot be read ({error})") from error
+
+
+def _no_best(place: Path, fault: str) -> TrainingError:
+    return TrainingError(
+        f"The best weights so far, {place}, are damaged: {fault}.",
+        "Put the folder back from a copy, or start the run again with --overwrite: later weights "
+        "would pass for the best.",
+    )
 
 
 def note_best(folder: Path, step: int, value: float, name: str) -> None:

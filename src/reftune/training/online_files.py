@@ -41,12 +41,17 @@ class Files:
 
     def start(self, resume: bool) -> None:
         """Continue from the newest complete checkpoint, or begin anew."""
+        if self.trainer.args.should_save:
+            checkpoints.restore_best(self.folder)
+        together()
         last = checkpoints.last_checkpoint(self.folder) if resume else None
         snapshot = self.trainer.snapshot
         if last is not None:
             if snapshot is not None:
                 snapshot.load_state_dict(self._read(self.folder / REFERENCE))
             self._load(last)
+            if self.trainer.stage.keep == "best":
+                checkpoints.best_of(self.folder, self.trainer.state.log_history)
             return
         if self.trainer.args.should_save:
             shutil.rmtree(self.folder / checkpoints.BEST, ignore_errors=True)
@@ -89,7 +94,7 @@ class Files:
 
     def take_best(self) -> None:
         """Put the best weights on the model."""
-        best = checkpoints.best_so_far(self.folder)
+        best = checkpoints.best_of(self.folder, self.trainer.state.log_history)
         if best is None:
             return
         log.info("keeping the weights of step %d, %.4f on validation rows", *best)

@@ -1,8 +1,9 @@
 """The plan of causal caching: which mode, what it saves, and why.
 
 `recompute` pays if the prefix of the median row has at least 16 tokens and a quarter of the row;
-`store` if, besides, every example is used three times or more and all constants fit into half of
-the free memory (or disk). `store` also pays without a prefix where blocks can be left out.
+`store` if, besides, every constant is used three times or more (epochs x rows that share a prompt)
+and all fit into half of the free memory (or disk). `store` also pays without a prefix where blocks
+can be left out; what they put out belongs to one row.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import json
 import shutil
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -44,7 +45,8 @@ class Settings:
 
     Attributes:
         mode: `auto`, `off`, `recompute` or `store`.
-        uses: How often each row is used: epochs x samples a prompt.
+        uses: How often each row is used: epochs.
+        samples: Rows that share a prompt, on average over all rows.
         budget: Bytes for the store; None: half of what is free.
         folder: Keep the store on disk, here.
         before: Mode that an interrupted run had; the resumed one goes on with it.
@@ -52,6 +54,7 @@ class Settings:
 
     mode: Mode = "auto"
     uses: float = 1
+    samples: float = 1
     budget: float | None = None
     folder: Path | None = None
     before: str | None = None
@@ -86,6 +89,7 @@ class Plan:
         p0: First token of the suffix, median over rows.
         length: Tokens of a row, median.
         constant_share: Share of all tokens that stand before the suffix.
+        sharing: Rows that share a prefix, on average.
         start: Whether stored runs leave out the blocks up to l0.
         nbytes: Bytes of all constants if they are stored, estimated.
         budget: Bytes they may take.
@@ -101,6 +105,7 @@ class Plan:
     p0: float = 0
     length: float = 0
     constant_share: float = 0.0
+    sharing: float = 1.0
     start: bool = False
     nbytes: float = 0
     budget: float = 0
@@ -184,8 +189,8 @@ def make_plan(
     refusal = refusal or obstacle(model)
     found = Plan("off", "")
     if placed(model) and model_obstacle(model) is None:
-        found, uncut = _measure(model, list(batches), num_rows)
-        refusal = refusal or uncut
+        found, uncut = _measure(model, list(batches), num_rows, settings.samples)
+        refusal = refusal or uncut or _without_gain(found, settings)
     found.budget = settings.room()
     if refusal is not None and settings.mode in ("recompute", "store"):
         raise TrainingError(
@@ -197,8 +202,23 @@ def make_plan(
     return _choose(found, settings)
 
 
+def _without_gain(found: Plan, settings: Settings) -> str | None:
+    """Return why a mode that is asked for would hold nothing constant, or None.
+
+    A resumed run goes on as it began: its recipe may no longer change.
+    """
+    mode = settings.mode
+    if mode not in ("recompute", "store") or settings.before is not None or found.constant_share:
+        return None
+    if mode == "recompute":
+        return "no row has a token before its first edit or label"
+    if found.start:
+        return None
+    return "no row has a token before its first edit or label, and no block can be left out"
+
+
 def _measure(
-    model: nn.Module, batches: list[Prepared], num_rows: int | None
+    model: nn.Module, batches: list[Prepared], num_rows: int | None, samples: float
 ) -> tuple[Plan, str | None]:
     """Return what is constant in a sample of rows, and what is in the way of using it."""
     cuts = [(cutting.cut(model, batch), batch) for batch in batches if batch.labels.dim() == 2]
@@ -219,20 +239,40 @@ def _measure(
         dead=_dead(model, [where for where, _ in good]),
     )
     found.start = found.l0 >= 1 and start_obstacle(model) is None
-    scale = (num_rows or len(p0)) / len(p0)
-    found.nbytes = scale * _bytes(model, p0, lengths, found)
+    scale = max(1.0, (num_rows or 0) / len(p0))
+    prefixes = _different_prefixes(good)
+    if prefixes:
+        found.sharing = sum(place > 0 for place in p0) / len(prefixes)
+    own = sum(prefixes) * found.sharing  # tokens of prefixes if the rows of the sample shared none
+    if scale > 1:  # a sample hides that its prompts come again
+        found.sharing = max(found.sharing, samples)
+    rest = sum(lengths) - sum(p0)
+    found.nbytes = _bytes(model, scale * own / found.sharing, scale * rest, found)
     return found, None
+
+
+def _different_prefixes(cuts: list[tuple[cutting.Cut, Prepared]]) -> list[int]:
+    """Return the lengths of the different prefixes of some batches."""
+    found: dict[bytes, int] = {}
+    for where, batch in cuts:
+        prefix = cutting.prefixes(batch, where)
+        found |= zip(prefix.keys, prefix.lengths.tolist())
+    return [length for length in found.values() if length]
 
 
 def _choose(found: Plan, settings: Settings) -> Plan:
     is_long = found.p0 >= max(LEAST_PREFIX, LEAST_SHARE * found.length)
     fits = found.nbytes <= found.budget
-    mode, why, uses = settings.mode, "as the recipe says", settings.uses
+    mode, why = settings.mode, "as the recipe says"
+    # Rows share prefixes; the outputs of blocks that are left out are each row's own.
+    uses, what = settings.uses, "row"
+    if is_long and found.sharing > 1:
+        uses, what = uses * found.sharing, "prefix"
     if settings.before is not None:
         mode, why = settings.before, "as before the interruption"
     elif mode == "auto":
         if uses >= LEAST_USES and fits and (is_long or found.start):
-            mode, why = "store", f"every row is used {uses:g} times"
+            mode, why = "store", f"every {what} is used {uses:.3g} times"
         elif is_long:
             mode, why = "recompute", "rows are used too seldom to store them"
             if uses >= LEAST_USES:
@@ -264,9 +304,15 @@ def _cost(plan: Plan, mode: str) -> float:
     return 1.0
 
 
-def _bytes(model: nn.Module, p0: Sequence[float], lengths: Sequence[float], plan: Plan) -> float:
-    """Return the bytes of the constants of rows: keys and values, and block outputs if they start
-    later."""
+def _bytes(model: nn.Module, before: float, behind: float, plan: Plan) -> float:
+    """Return the bytes of constants: keys and values, and block outputs if they start later.
+
+    Args:
+        model: The model.
+        before: Tokens of all different prefixes.
+        behind: Tokens of the suffixes of all rows.
+        plan: Tells which blocks are left out.
+    """
     base = base_of(model)
     config = base.config.get_text_config()
     heads = getattr(config, "num_attention_heads", 1)
@@ -277,9 +323,9 @@ def _bytes(model: nn.Module, p0: Sequence[float], lengths: Sequence[float], plan
     if torch.is_autocast_enabled(base.device.type):
         size = 2
     kept = plan.num_blocks - (plan.l0 + 1 if plan.start else 0)
-    total = sum(p0) * 2 * kv_heads * head * kept
+    total = before * 2 * kv_heads * head * kept
     if plan.start:
-        total += sum(t - p for t, p in zip(lengths, p0)) * width
+        total += behind * width
     return total * size
 
 

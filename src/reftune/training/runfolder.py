@@ -11,7 +11,9 @@
       predictions.jsonl   answers, to read
       report.json, report.md, plots/
 
-A finished run is never written to; an unfinished one only by resuming it with the same recipe.
+A finished run is never written to; an unfinished one only by resuming it with the same recipe. A
+run that another replaces stands aside as `.old-<name>` until the new one has done a step: if that
+fails to start, it is put back, and if it is killed, by the next that opens the folder.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class RunFolder:
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
         self.path = Path(recipe.output).expanduser() / recipe.name
+        self._aside = self.path.with_name(f".old-{self.path.name}")
+        self._is_new = False
         self._state: dict[str, Any] = {}
         self._held: IO[str] | None = None
 
@@ -94,7 +98,8 @@ class RunFolder:
             if resume and (folder.path / "state.json").is_file():
                 folder._state = folder._read_state()
             return folder
-        there = folder._look()
+        folder._put_back()
+        there = folder._look(overwrite)
         is_run = there in ("finished", "unfinished")
         if is_run and not (resume or overwrite):
             raise folder._refusal(there)
@@ -155,13 +160,18 @@ class RunFolder:
             self._held = None
             (self.path / LOCK).unlink(missing_ok=True)
 
-    def _look(self) -> str:
+    def _look(self, overwrite: bool) -> str:
         """Return `none`, `foreign`, `unstarted`, `unfinished` or `finished`."""
         if not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir())):
             return "none"
         if not (self.path / "state.json").is_file():
             return "foreign"
-        self._state = self._read_state()
+        try:
+            self._state = self._read_state()
+        except TrainingError:
+            if overwrite:
+                return "unfinished"
+            raise
         if self._state.get("status") == "finished":
             return "finished"
         worth = self._state.get("stages") or any(
@@ -197,18 +207,55 @@ class RunFolder:
 
         try:
             if self.path.exists():
-                old = self.path.with_name(f".old-{self.path.name}-{uuid.uuid4().hex[:8]}")
-                os.replace(self.path, old)
-                shutil.rmtree(old, ignore_errors=True)
+                os.replace(self.path, self._aside)
+            self._is_new = True
             self.path.mkdir(parents=True)
             self._state = {"status": "running", "recipe": plain(asdict(self.recipe)), "stages": []}
             self._write_state()
             write_text_atomic(self.path / "recipe.yaml", dump(self.recipe))
         except OSError as error:
+            self.abandon()
             raise TrainingError(
                 f"The run folder {self.path} cannot be written: {error}.",
                 "Make space, check permissions, or choose another output:.",
             ) from error
+
+    # Replacing a run
+
+    def begin(self) -> None:
+        """Delete the run that this one replaces: there is something new to keep."""
+        if not self._is_new:
+            return
+        self._is_new = False
+        if self._aside.exists():
+            old = self._aside.with_name(f"{self._aside.name}-{uuid.uuid4().hex[:8]}")
+            os.replace(self._aside, old)  # what is half deleted must not be put back
+            shutil.rmtree(old, ignore_errors=True)
+
+    def abandon(self) -> None:
+        """Take a run away that failed before it began, and put back the one it was to replace."""
+        if not self._is_new:
+            return
+        self._is_new = False
+        shutil.rmtree(self.path, ignore_errors=True)
+        try:
+            if self._aside.exists():
+                os.replace(self._aside, self.path)
+        except OSError as error:
+            log.warning("The run that was in %s is in %s (%s)", self.path, self._aside, error)
+
+    def _put_back(self) -> None:
+        """Put back a run whose successor was killed before it began."""
+        if not self._aside.is_dir():
+            return
+        if self.path.is_dir():
+            self._lock()  # another process may be starting just now
+            self.release()
+        self._is_new = True
+        if self._look(overwrite=True) in ("unfinished", "finished"):
+            self.begin()
+        else:
+            self.abandon()
 
     # State
 
@@ -248,17 +295,20 @@ class RunFolder:
 
     def finish(self) -> None:
         """Note that the run is done."""
+        self.begin()
         self._state["status"] = "finished"
         self._write_state()
 
     def _read_state(self) -> dict[str, Any]:
         try:
-            return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError) as error:
+            found = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
+            _check_state(found)
+        except (OSError, ValueError) as error:
             raise TrainingError(
                 f"{self.path / 'state.json'} cannot be read: {error}.",
-                "Choose another --name, or delete the folder.",
+                "Choose another --name, or delete the run with --overwrite.",
             ) from error
+        return found
 
     def _write_state(self) -> None:
         write_json_atomic(self.path / "state.json", self._state)
@@ -306,6 +356,19 @@ class RunFolder:
         """Write report.json and report.md."""
         write_text_atomic(self.path / "report.md", text)
         report.write(self.path / "report.json")
+
+
+def _check_state(found: Any) -> None:
+    """Check that what was read has the form of a run's state.
+
+    Raises:
+        ValueError: If it has not.
+    """
+    if not isinstance(found, dict):
+        raise ValueError("it holds no settings")
+    for name, kind in (("recipe", dict), ("stages", list), ("rows", dict)):
+        if not isinstance(found.get(name, kind()), kind):
+            raise ValueError(f'its "{name}" is {json.dumps(found[name])[:40]}')
 
 
 def _completed(recipe: dict[str, Any]) -> dict[str, Any]:

@@ -195,7 +195,7 @@ def _trainer(
         keep_best=stage.keep == "best",
         score=_scorer(run, stage) if stage.keep_by == "metric" else None,
         callbacks=_callbacks(run, index, writer),
-        causal=causal_settings(stage, len(rows["train"]), run.folder.constants(index)),
+        causal=causal_settings(stage, rows["train"], run.folder.constants(index)),
         **more,
     )
 
@@ -240,12 +240,15 @@ def _arguments(run: Run, index: int, rows: dict[str, Rows]) -> TrainingArguments
 
 def _callbacks(run: Run, index: int, writer: Any) -> list[Any]:
     """Return what watches a stage: the writer of metrics, and progress where it is shown."""
+    from reftune.training.callbacks import Begun
     from reftune.training.progress import Progress
 
+    begun = Begun(run.folder.begin)
     if not run.progress:
-        return [writer]
+        return [writer, begun]
     title, count = run.recipe.stages[index].adapter.method, len(run.recipe.stages)
-    return [writer, Progress(f"stage {index + 1}/{count} {title}" if count > 1 else title)]
+    shown = Progress(f"stage {index + 1}/{count} {title}" if count > 1 else title)
+    return [writer, begun, shown]
 
 
 def _scorer(run: Run, stage: StageSpec) -> tuple[str, Callable[[], float]]:
@@ -286,8 +289,14 @@ def _last_validation(trainer: ReftTrainer) -> float | None:
     return losses[-1] if losses else None
 
 
-def causal_settings(stage: StageSpec, num_rows: int, folder: Path | None) -> Settings:
-    """Return what a stage says about causal caching; `folder` is where a store on disk lies."""
+def causal_settings(stage: StageSpec, rows: Rows, folder: Path | None) -> Settings:
+    """Return what a stage says about causal caching.
+
+    Args:
+        stage: The stage.
+        rows: Its training rows: how often they are used, and how many share a prompt.
+        folder: Where a store on disk lies.
+    """
     from reftune import objectives
     from reftune.training.causal import Settings
 
@@ -295,6 +304,9 @@ def causal_settings(stage: StageSpec, num_rows: int, folder: Path | None) -> Set
         return Settings("off")  # the rows of a rollout are new: nothing is constant
     uses = stage.epochs
     if stage.max_steps is not None:
-        uses = stage.max_steps * stage.batch_size / max(1, num_rows)
+        uses = stage.max_steps * stage.batch_size / max(1, len(rows))
+    prompts = {hash(tuple(row.input_ids[: row.prompt_len])) for row in rows.rows}
+    samples = len(rows) / max(1, len(prompts))
     budget = None if stage.causal_budget is None else stage.causal_budget * 2**30
-    return Settings(stage.causal, uses, budget, folder if stage.causal_store == "disk" else None)
+    on_disk = folder if stage.causal_store == "disk" else None
+    return Settings(stage.causal, uses, samples, budget, on_disk)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -45,7 +44,7 @@ def train(
         recipe: The resolved recipe.
         resume: Continue an unfinished run.
         progress: Show progress on standard error.
-        overwrite: Delete a run that is there.
+        overwrite: Replace a run that is there, once the new one has done its first step.
 
     Returns:
         The report, as written to `report.json`. Under `accelerate launch` only the main process
@@ -70,6 +69,9 @@ def train(
     try:
         with _quiet(not progress):
             return _train(recipe, folder, progress)
+    except BaseException:
+        folder.abandon()
+        raise
     finally:
         torch.set_num_threads(threads)
         folder.release()
@@ -117,7 +119,7 @@ def plans(recipe: Recipe, model: str | None = None) -> list[Plan]:
             prepare(collate(rows.rows[start : start + 16]))
             for start in range(0, min(SAMPLE, len(rows)), 16)
         ]
-        wanted = causal_settings(stage, len(rows), Path(recipe.output))
+        wanted = causal_settings(stage, rows, Path(recipe.output))
         with still(base):
             found.append(make_plan(base.train(), batches, wanted, len(rows)))
     return found
@@ -162,11 +164,9 @@ def _below(recipe: Recipe) -> dict[str, str]:
     place = recipe.model.adapter
     if not place or not Path(place).expanduser().is_dir():
         return {}
-    from reftune.model.checkpoint import STACK, resolve_folder
+    from reftune.model.checkpoint import stack_kinds
 
-    file = resolve_folder(place) / STACK
-    parts = json.loads(file.read_text(encoding="utf-8"))["order"] if file.is_file() else []
-    return {part["name"]: part["kind"] for part in parts if isinstance(part, dict)}
+    return stack_kinds(place)
 
 
 def _train(recipe: Recipe, folder: RunFolder, progress: bool) -> Report:

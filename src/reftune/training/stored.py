@@ -36,7 +36,8 @@ class _Keys:
 class Stored:
     """Source that keeps what it computed.
 
-    What the store has no room for is computed at each step, once for all passes over its rows.
+    What the store has no room for is computed at each step, once for all passes over its rows;
+    `forget` says where a step begins.
 
     Args:
         model: The model with its adapters.
@@ -52,6 +53,7 @@ class Stored:
     _identity: Identity | None = field(default=None, repr=False)
     _loose: dict[str, Entry] = field(default_factory=dict, repr=False)
     _sizes: list[int | None] = field(default_factory=list, repr=False)
+    _is_checked: bool = field(default=False, repr=False)
 
     def __call__(self, suffix: Suffix) -> causal.Given:
         """Return the constants of a batch; what is missing is computed, and kept if it fits."""
@@ -85,6 +87,10 @@ class Stored:
             if suffix is not None and not self.store.is_closed:
                 self(suffix)
             tick(batch.num_rows)
+        self.forget()
+
+    def forget(self) -> None:
+        """Begin a step anew: only what the store keeps is known, as after a resume."""
         self._loose = {}
 
     def signature(self, batches: Iterable[Prepared]) -> str:
@@ -124,6 +130,9 @@ class Stored:
             wanted = sorted({*lacking, *prefix.rows[rows].tolist()})
             part = prefix.some(wanted)
             cache = causal.prefill(self.model, part)
+            if not self._is_checked:
+                causal.check_finite(cache)
+                self._is_checked = True
             lowest = suffix.where.l0 + 1 if self.start else 0
             for place, u in enumerate(wanted):
                 columns = part.valid[place]

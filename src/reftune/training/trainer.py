@@ -35,7 +35,7 @@ from reftune.training import checkpoints
 from reftune.training.arguments import check_arguments
 from reftune.training.backward import disable_input_grads
 from reftune.training.callbacks import KeepBest, ObjectiveSteps
-from reftune.training.causal import Settings, settle
+from reftune.training.causal import Kept, Settings, settle
 from reftune.training.collate import Collator, Order, Padded, count_tokens, prepare
 from reftune.training.plan import Plan
 from reftune.training.processes import leave_at_exit, with_one_label
@@ -105,7 +105,7 @@ class ReftTrainer(Trainer):
         self._runner: Runner | None = None
         self.causal, self.counting = causal or Settings("off"), counting
         self.plan: Plan | None = None
-        self._source: Source | None = None
+        self._source: Kept | None = None
         self._saving_to: str | None = None
         self._sums: dict[str, Real[Tensor, ""]] = {}
         self.step_metrics: dict[str, float] = {}
@@ -163,6 +163,8 @@ class ReftTrainer(Trainer):
         self, epoch_iterator: Iterator[Any], num_batches: int, device: torch.device
     ) -> tuple[list[Any], Int[Tensor, ""] | None]:
         """Return the batches of one optimiser step and its items over all processes."""
+        if self._source is not None:
+            self._source.forget()  # or the step would differ from the same one after a resume
         batches = list(itertools.islice(epoch_iterator, num_batches))
         if not batches:
             return batches, None
@@ -365,6 +367,8 @@ class ReftTrainer(Trainer):
         Returns:
             transformers' TrainOutput.
         """
+        if self.args.should_save:
+            checkpoints.restore_best(self.folder)
         self.accelerator.wait_for_everyone()  # the main process may have cleared the folder
         if resume_from_checkpoint is True:
             last = checkpoints.last_checkpoint(self.folder)
@@ -372,6 +376,8 @@ class ReftTrainer(Trainer):
         if not resume_from_checkpoint and self.args.should_save:
             shutil.rmtree(self.folder / checkpoints.BEST, ignore_errors=True)
         try:
+            if resume_from_checkpoint:
+                self._go_on(Path(resume_from_checkpoint))
             if self._is_done(resume_from_checkpoint):
                 return self._done(str(resume_from_checkpoint))
             self.bind_objective()
@@ -379,10 +385,7 @@ class ReftTrainer(Trainer):
                 self._inform(rows)
             self._settle(resume_from_checkpoint)
             result = super().train(resume_from_checkpoint, **kwargs)
-            best = checkpoints.best_so_far(self.folder) if self.keep_best else None
-            if best is not None and best[0] != self.state.global_step:
-                log.info("keeping the weights of step %d, %.4f on validation rows", *best)
-                self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
+            self._take_best()
         except torch.OutOfMemoryError as error:
             raise TrainingError(
                 f"Out of device memory at step {self.state.global_step + 1} with "
@@ -393,6 +396,13 @@ class ReftTrainer(Trainer):
         finally:
             self._restore()
         return result
+
+    def _go_on(self, checkpoint: Path) -> None:
+        """Say from which step a run goes on, and check what it needs besides its checkpoint."""
+        state = TrainerState.load_from_json(str(checkpoint / checkpoints.STATE_FILE))
+        if self.keep_best:
+            checkpoints.best_of(self.folder, state.log_history)
+        log.info("continuing at step %d", state.global_step)
 
     def _is_done(self, checkpoint: str | bool | None) -> bool:
         """Say whether a checkpoint is the last of the run; the Trainer would go one step on."""
@@ -405,10 +415,17 @@ class ReftTrainer(Trainer):
         """Take the weights of a run that ended between its last checkpoint and its artefact."""
         self.state = TrainerState.load_from_json(str(Path(checkpoint) / checkpoints.STATE_FILE))
         self._load_from_checkpoint(checkpoint)
-        best = checkpoints.best_so_far(self.folder) if self.keep_best else None
-        if best is not None:
-            self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
+        self._take_best()
         return TrainOutput(self.state.global_step, 0.0, {})
+
+    def _take_best(self) -> None:
+        """Put the best weights on the model, where they are kept and are not the last ones."""
+        if not self.keep_best:
+            return
+        best = checkpoints.best_of(self.folder, self.state.log_history)
+        if best is not None and best[0] != self.state.global_step:
+            log.info("keeping the weights of step %d, %.4f on validation rows", *best)
+            self._load_from_checkpoint(str(self.folder / checkpoints.BEST))
 
     def _inform(self, dataset: Padded | None) -> None:
         """Let the objective ask the untrained model about rows, once: it is the same on resume."""
