@@ -30,7 +30,6 @@ import json
 import os
 import sys
 from dataclasses import asdict, replace
-from pathlib import Path
 from typing import Any
 
 LORA, LEAN = "lora r8, usual path", "lora r8, label logits"
@@ -307,40 +306,7 @@ def show(result: dict[str, Any]) -> None:
             print(f"{mark:>8}  {goal['value']:.3f}  {what}")
 
 
-class Done:
-    """What was measured so far, a line of a file for each prompt and answer length.
-
-    Args:
-        file: The file, or None to note nothing.
-        key: What has to be equal for a line to count: settings and versions.
-    """
-
-    def __init__(self, file: str | None, key: dict[str, Any]) -> None:
-        self.file, self.key = None if file is None else Path(file), json.loads(json.dumps(key))
-        self.cells: dict[str, list[dict]] = {}
-        if self.file is not None and self.file.is_file():
-            for line in self.file.read_text(encoding="utf-8").splitlines():
-                self._take(line)
-
-    def _take(self, line: str) -> None:
-        try:
-            found = json.loads(line)
-        except ValueError:
-            return  # half a line of a run that was killed
-        if found["key"] == self.key:
-            self.cells[found["cell"]] = found["rows"]
-
-    def add(self, cell: str, rows: list[dict]) -> None:
-        """Note the rows of one prompt and answer length."""
-        self.cells[cell] = rows
-        if self.file is None:
-            return
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        with self.file.open("a", encoding="utf-8") as out:
-            out.write(json.dumps({"key": self.key, "cell": cell, "rows": rows}) + "\n")
-
-
-def measured(base: Any, settings: Any, args: argparse.Namespace, done: Done) -> list[dict]:
+def measured(base: Any, settings: Any, args: argparse.Namespace, done: Any) -> list[dict]:
     """Return the rows of all prompt and answer lengths; those noted before are not run again."""
     rows: list[dict] = []
     for prompt in args.prompts:
@@ -369,7 +335,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ["OMP_NUM_THREADS"] = str(args.threads)  # before torch is imported
     import torch
     import transformers
-    from harness import SHAPES, Settings, command, machine, random_llama
+    from harness import SHAPES, Done, Settings, command, machine, random_llama
 
     transformers.utils.logging.set_verbosity_error()
     torch.set_num_threads(args.threads)

@@ -15,6 +15,7 @@ Scratch space inside kernels is not in it.
 from __future__ import annotations
 
 import copy
+import json
 import os
 import platform
 import statistics
@@ -22,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -265,3 +267,36 @@ def peak_bytes(
         now += event.nbytes()
         peak = max(peak, now)
     return held + peak
+
+
+class Done:
+    """What was measured so far, a line of a file for each prompt and answer length.
+
+    Args:
+        file: The file, or None to note nothing.
+        key: What has to be equal for a line to count: settings and versions.
+    """
+
+    def __init__(self, file: str | None, key: dict[str, Any]) -> None:
+        self.file, self.key = None if file is None else Path(file), json.loads(json.dumps(key))
+        self.cells: dict[str, list[dict]] = {}
+        if self.file is not None and self.file.is_file():
+            for line in self.file.read_text(encoding="utf-8").splitlines():
+                self._take(line)
+
+    def _take(self, line: str) -> None:
+        try:
+            found = json.loads(line)
+        except ValueError:
+            return  # half a line of a run that was killed
+        if found["key"] == self.key:
+            self.cells[found["cell"]] = found["rows"]
+
+    def add(self, cell: str, rows: list[dict]) -> None:
+        """Note the rows of one prompt and answer length."""
+        self.cells[cell] = rows
+        if self.file is None:
+            return
+        self.file.parent.mkdir(parents=True, exist_ok=True)
+        with self.file.open("a", encoding="utf-8") as out:
+            out.write(json.dumps({"key": self.key, "cell": cell, "rows": rows}) + "\n")

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from crashes import StopAt
 from online_toys import (
     FULL,
     LORA,
@@ -20,22 +21,10 @@ from online_toys import (
     trainer_of,
     weights,
 )
-from transformers import TrainerCallback
 
 from reftune.errors import TrainingError
 from reftune.model.build import apply_adapter
 from reftune.training import checkpoints
-
-
-class StopAt(TrainerCallback):
-    """Breaks a run off, as a crash would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 def logged(trainer):

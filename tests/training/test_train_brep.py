@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from crashes import StopAt, killed_at
 from safetensors.torch import load_file
-from transformers import TrainerCallback
 
 from reftune.config.loader import dump, load
 from reftune.config.recipe import AdapterSpec, EvaluationSpec
@@ -58,17 +58,6 @@ def lines(trainer, *names):
 
 
 WATCHED = ("loss", "token_accuracy", "bias_norm", "bias_error", "omega", "restraint_acted")
-
-
-class StopAt(TrainerCallback):
-    """Breaks a run off, as a crash would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 def equal(a, b):
@@ -227,7 +216,7 @@ def folder_of(recipe):
     return Path(recipe.output) / recipe.name
 
 
-def test_a_run_trains_cut_rows_draws_the_trace_and_goes_on(run, tokenizer, monkeypatch):
+def test_a_run_trains_cut_rows_draws_the_trace_and_goes_on(run, tokenizer):
     report = train(run, **QUIET)
     folder = folder_of(run)
     assert (folder / "plots" / "restraint.png").stat().st_size > 10_000
@@ -237,19 +226,8 @@ def test_a_run_trains_cut_rows_draws_the_trace_and_goes_on(run, tokenizer, monke
     config = json.loads((folder / "adapter" / "adapter_config.json").read_text())
     assert config["site"] == "mlp.up_proj" and config["train_positions"] == "all"
 
-    from reftune.training import trainer
-
-    broken, real = replace(run, name="broken"), trainer.ReftTrainer.training_step
-
-    def dies(self, *args, **kwargs):
-        if self.state.global_step == 7:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.ReftTrainer, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken, **QUIET)
+    broken = replace(run, name="broken")
+    killed_at(7, broken, **QUIET)
     train(broken, resume=True, **QUIET)
     again = read_metrics(folder_of(broken) / "metrics.jsonl")
     strip = lambda found: [{k: v for k, v in x.items() if k not in TIMES} for x in found]  # noqa: E731

@@ -9,8 +9,8 @@ from functools import cache
 import pytest
 import torch
 from causal_parts import MODES, adapted, curve, long_rows, losses
+from crashes import StopAt
 from tiny import tiny_llama, tiny_tokenizer
-from transformers import TrainerCallback
 
 from reftune.config.recipe import AdapterSpec
 from reftune.errors import TrainingError
@@ -84,15 +84,6 @@ def test_validation_sees_the_same_loss(trainer_for, tmp_path):
 
 
 # Resume
-
-
-class StopAt(TrainerCallback):
-    def __init__(self, step=5):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 def settings(where, folder):

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from crashes import killed_at
 
 from reftune.config.loader import dump, load
 from reftune.config.recipe import AdapterSpec, EvaluationSpec, TaskSpec
@@ -173,24 +174,13 @@ def folder_of(recipe):
 
 
 @pytest.mark.parametrize("guidance", ["current", "frozen"])
-def test_a_killed_run_goes_on_to_the_same_bits(run, monkeypatch, guidance):
+def test_a_killed_run_goes_on_to_the_same_bits(run, guidance):
     stage = replace(run.stages[0], objective_options={**SETTINGS, "guidance": guidance})
     whole = replace(run, stages=[stage], evaluation=EvaluationSpec(split="none"))
     train(whole, **QUIET)
 
-    from reftune.training import trainer
-
-    broken, real = replace(whole, name="broken"), trainer.ReftTrainer.training_step
-
-    def dies(self, *args, **kwargs):
-        if self.state.global_step == 5:
-            raise KeyboardInterrupt
-        return real(self, *args, **kwargs)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(trainer.ReftTrainer, "training_step", dies)
-        with pytest.raises(KeyboardInterrupt):
-            train(broken, **QUIET)
+    broken = replace(whole, name="broken")
+    killed_at(5, broken, **QUIET)
     train(broken, resume=True, **QUIET)
     found = []
     for folder in map(folder_of, (whole, broken)):

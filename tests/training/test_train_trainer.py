@@ -8,6 +8,7 @@ import shutil
 
 import pytest
 import torch
+from crashes import StopAt
 from tiny import tiny_llama
 from transformers import TrainerCallback, TrainingArguments
 
@@ -176,17 +177,6 @@ def test_out_of_memory_says_what_to_lower(adapted, rows, trainer_for):
     trainer.objective = Greedy()
     with pytest.raises(TrainingError, match=r"step 1 with 4 rows.*Lower micro_batch_size"):
         trainer.train()
-
-
-class StopAt(TrainerCallback):
-    """Breaks a run off, as a crash would."""
-
-    def __init__(self, step):
-        self.step = step
-
-    def on_step_end(self, args, state, control, **kwargs):
-        if state.global_step == self.step:
-            raise RuntimeError("crash")
 
 
 @pytest.mark.parametrize("crash", [1, 3, 4, 5])

@@ -8,23 +8,14 @@ from pathlib import Path
 
 import torch
 from causal_parts import adapted, long_rows
+from crashes import StopAt
 from safetensors.torch import save_file
-from transformers import TrainerCallback
 
 FULL = 40_000
 """Bytes that hold some of the constants of all rows."""
 WALKS = ("off", "recompute", "memory", "disk", "full disk")
 SEVENTEEN = 17
 """Rows: in the last step of an epoch one of two processes has none."""
-
-
-class StopAt(TrainerCallback):
-    """Ends a run as a crash would."""
-
-    def on_step_end(self, args, state, control, **kwargs):
-        """Raise at the third step."""
-        if state.global_step == 3:
-            raise RuntimeError("crash")
 
 
 def trainer_of(out: Path, micro: int, how: str, callbacks=()):
@@ -63,7 +54,7 @@ def walk(out: Path, micro: int, how: str, breaks: bool = False) -> None:
     place = out / f"{how}{' broken' if breaks else ''}".replace(" ", "-")
     if breaks:
         try:
-            trainer_of(place, micro, how, [StopAt()]).train()
+            trainer_of(place, micro, how, [StopAt(3)]).train()
         except RuntimeError as error:
             assert "crash" in str(error)
     trainer = trainer_of(place, micro, how)

@@ -36,6 +36,10 @@ TaskOption = Annotated[
         "--option", "-o", metavar="KEY=VALUE", help="Short for --set task.KEY=VALUE. Repeatable."
     ),
 ]
+AskedOption = Annotated[
+    str | None,
+    typer.Option("--task", "-t", help="Task, or a data file. Default: the run's own task."),
+]
 DataDirOption = Annotated[
     str | None, typer.Option("--data-dir", help="Folder with files of the task.")
 ]
@@ -126,6 +130,32 @@ def read_recipe(
     options = {"name": name, "output": output, "seed": seed, "task.data_dir": data_dir}
     changes += [f"{key}={json.dumps(value)}" for key, value in options.items() if value is not None]
     return load(find(recipe), changes)
+
+
+def recipe_around(data: str, changes: Sequence[str]) -> Recipe:
+    """Return the recipe of that name, or one made around a data file or a task.
+
+    A recipe for a task has the head and the objective that its kind needs.
+
+    Args:
+        data: Recipe, training file, or name of a task.
+        changes: Changes of the recipe.
+    """
+    from reftune.config.loader import from_dict, task_of
+    from reftune.config.options import task_class, task_names
+    from reftune.tasks.files import suffix_of
+
+    if suffix_of(data) is not None:
+        task = {"name": "own", "train": data}
+    elif data in task_names() and not Path(data).exists():
+        task = {"name": data}
+    else:
+        return read_recipe(data, changes)
+    spec = task_of(task, changes)
+    values: dict[str, Any] = {"task": task}
+    if task_class(spec.name).kind_of(spec.options) == "classification":
+        values |= {"model": {"head": "classification"}, "objective": "classification"}
+    return from_dict(values, changes)
 
 
 def task_spec(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from reftune.cli.common import (
+    AskedOption,
     DataDirOption,
     JsonFlag,
     TaskOption,
@@ -46,10 +47,7 @@ def diagnose(context: typer.Context) -> None:
 @app.command()
 def reasoning(
     adapter: Annotated[str, typer.Argument(help="Adapter, stack or run folder, of any kind.")],
-    task: Annotated[
-        str | None,
-        typer.Option("--task", "-t", help="Task, or a data file. Default: the run's own task."),
-    ] = None,
+    task: AskedOption = None,
     size: Annotated[int, typer.Option(min=1, help="Answer at most this many rows.")] = 200,
     split: Annotated[str, typer.Option(help="test or validation.")] = "test",
     option: TaskOption = None,

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from reftune.cli.common import (
+    AskedOption,
     DataDirOption,
     JsonFlag,
     SetOption,
@@ -57,10 +58,7 @@ SHORT = {
 
 def evaluate(
     model: Annotated[str, typer.Argument(help="Base model, adapter, stack or run folder.")],
-    task: Annotated[
-        str | None,
-        typer.Option("--task", "-t", help="Task, or a data file. Default: the run's own task."),
-    ] = None,
+    task: AskedOption = None,
     against: Annotated[
         str | None,
         typer.Option(help='Compare with this model, adapter or run on the same rows; or "base".'),

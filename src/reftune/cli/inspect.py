@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict, replace
-from pathlib import Path
 from statistics import mean
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,7 +17,7 @@ from reftune.cli.common import (
     changes_of,
     out,
     print_json,
-    read_recipe,
+    recipe_around,
     say,
 )
 from reftune.cli.models import context_of, load_tokenizer
@@ -95,15 +94,7 @@ def inspect(
 
 def _recipe(data: str, model: str | None, positions: str | None, changes: list[str]) -> Recipe:
     """Return the recipe, or one made around a data file or a task."""
-    from reftune.config.options import task_names
-    from reftune.tasks.files import suffix_of
-
-    if suffix_of(data) is not None:
-        recipe = _around({"name": "own", "train": data}, changes)
-    elif data in task_names() and not Path(data).exists():
-        recipe = _around({"name": data}, changes)
-    else:
-        recipe = read_recipe(data, changes)
+    recipe = recipe_around(data, changes)
     if model:
         recipe = replace(recipe, model=replace(recipe.model, name=model))
     if positions:
@@ -115,18 +106,6 @@ def _recipe(data: str, model: str | None, positions: str | None, changes: list[s
         ]
         recipe = replace(recipe, stages=stages)
     return recipe
-
-
-def _around(task: dict[str, Any], changes: list[str]) -> Recipe:
-    """Return a recipe for a task, with the head and objective its kind needs."""
-    from reftune.config.loader import from_dict, task_of
-    from reftune.config.options import task_class
-
-    spec = task_of(task, changes)
-    values: dict[str, Any] = {"task": task}
-    if task_class(spec.name).kind_of(spec.options) == "classification":
-        values |= {"model": {"head": "classification"}, "objective": "classification"}
-    return from_dict(values, changes)
 
 
 def _look(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,18 +12,18 @@ from reftune.cli.common import (
     DataDirOption,
     JsonFlag,
     TaskOption,
+    changes_of,
     new_rows,
     note,
     print_json,
     progress,
-    read_recipe,
+    recipe_around,
     say,
 )
 from reftune.cli.models import check_sampling, check_there, load_any
 from reftune.errors import RecipeError
 
 if TYPE_CHECKING:
-    from reftune.config.recipe import TaskSpec
     from reftune.inference.judging import Generator, Judge
     from reftune.tasks.base import Task
 
@@ -110,7 +111,10 @@ def _task(data: str, data_dir: str | None, option: list[str], size: int | None) 
     """Return the task whose training questions are asked."""
     from reftune import tasks
 
-    task = tasks.get(_spec(data, data_dir, option, size))
+    changes = changes_of(None, option)
+    changes += [f"task.data_dir={json.dumps(data_dir)}"] if data_dir else []
+    changes += [f"task.train_size={size}"] if size else []
+    task = tasks.get(recipe_around(data, changes).task)
     if task.kind != "generation":
         raise RecipeError(
             f'The task "{task.spec.name}" has no generated answers.', "Name one that has."
@@ -133,24 +137,6 @@ def _check(by: str, judge_model: str | None, instruction: str, chat: bool) -> No
         )
     if instruction and not chat:
         raise RecipeError("--instruction is a system prompt.", "Add --chat, or leave it out.")
-
-
-def _spec(data: str, data_dir: str | None, option: list[str], size: int | None) -> TaskSpec:
-    """Return the task of a name, a data file or a recipe, with `size` training rows."""
-    from reftune.config.loader import task_of
-    from reftune.config.options import task_names
-    from reftune.tasks.files import suffix_of
-
-    changes = [f"task.{text}" for text in option]
-    changes += [f"task.train_size={size}"] if size else []
-    if suffix_of(data) is None and data not in task_names():
-        return read_recipe(data, changes, data_dir=data_dir).task
-    values: dict[str, Any] = {"name": data}
-    if suffix_of(data) is not None:
-        values = {"name": "own", "train": data}
-    if data_dir:
-        values["data_dir"] = data_dir
-    return task_of(values, changes)
 
 
 def _model(

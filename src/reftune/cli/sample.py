@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 import typer
 
 from reftune.cli.common import (
+    AskedOption,
     DataDirOption,
     JsonFlag,
     TaskOption,
@@ -33,10 +34,7 @@ KEPT = ("right", "all")
 
 def sample(
     model: Annotated[str, typer.Argument(help="Base model, adapter, stack or run folder.")],
-    task: Annotated[
-        str | None,
-        typer.Option("--task", "-t", help="Task, or a data file. Default: the run's own task."),
-    ] = None,
+    task: AskedOption = None,
     out: Annotated[
         str | None, typer.Option("--out", help="The .jsonl file to write. Default: samples.jsonl.")
     ] = None,

@@ -314,8 +314,7 @@ def judged_rows(
         if not output.strip():
             log.warning("%s: the model answered nothing; left out", example.id)
             continue
-        solution = example.messages[-1]["content"] if example.messages else example.target
-        right = task.score(output, example).get(task.metric, 0.0) >= 1.0
+        solution, right = example.solution, task.is_right(task.score(output, example))
         row = {"id": example.id, **asked, "output": output.strip(), "judgment": None}
         rows.append({**row, "answer": solution.strip(), "gold": example.answer})
         if not right:

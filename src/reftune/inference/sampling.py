@@ -81,13 +81,13 @@ def rows_of(
     """
     found: dict[str, Row] = {}
     for given in answers:
-        right = given.scores.get(task.metric, 0.0) >= 1.0
+        right = task.is_right(given.scores)
         if len(found) == keep.most:
             break
         if right or keep.which == "all":
             row = _row(example, str(given.sample), given.text, given.extracted, right, split)
             found.setdefault(given.text.strip(), row)
-    solution = example.messages[-1]["content"] if example.messages else example.target
+    solution = example.solution
     if keep.gold and solution.strip() not in found:
         found[solution.strip()] = _row(example, "gold", solution, example.answer, True, split)
     return list(found.values())

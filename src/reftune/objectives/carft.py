@@ -31,7 +31,7 @@ from reftune.model.passes import IGNORE
 from reftune.objectives import contrastive
 from reftune.objectives.base import Loss, share_of
 from reftune.objectives.online import Actions, Tally, World
-from reftune.objectives.reinforced import Reinforced, ReinforcedConfig, Seen
+from reftune.objectives.reinforced import Reinforced, ReinforcedConfig, Seen, to_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -96,10 +96,7 @@ class CarftHead(nn.Module):
     def __init__(self, width: int, dim: int, zero: bool = False) -> None:
         super().__init__()
         self.reduce = nn.Linear(width, dim, dtype=torch.float32)
-        self.value = nn.Linear(dim, 1, dtype=torch.float32)
-        if zero:
-            nn.init.zeros_(self.value.weight)
-            nn.init.zeros_(self.value.bias)
+        self.value = to_value(dim, zero)
 
     def embed(self, hidden: Float[Tensor, "actions width"]) -> Float[Tensor, "actions dim"]:
         """Return e of each hidden state, whatever autocast is about."""

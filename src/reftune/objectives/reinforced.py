@@ -63,6 +63,15 @@ class ReinforcedConfig(OnlineConfig):
             self._require(name, is_fit, "Use 0 or more.")
 
 
+def to_value(dim: int, zero: bool) -> nn.Linear:
+    """Return w · x + b in fp32, at 0 or as PyTorch initialises it."""
+    linear = nn.Linear(dim, 1, dtype=torch.float32)
+    if zero:
+        nn.init.zeros_(linear.weight)
+        nn.init.zeros_(linear.bias)
+    return linear
+
+
 class ValueHead(nn.Module):
     """V_t = w · h_t + b on the last hidden states, in fp32. Parameters: d + 1.
 
@@ -73,10 +82,7 @@ class ValueHead(nn.Module):
 
     def __init__(self, dim: int, zero: bool = False) -> None:
         super().__init__()
-        self.linear = nn.Linear(dim, 1, dtype=torch.float32)
-        if zero:
-            nn.init.zeros_(self.linear.weight)
-            nn.init.zeros_(self.linear.bias)
+        self.linear = to_value(dim, zero)
 
     def forward(self, hidden: Float[Tensor, "actions dim"]) -> Float[Tensor, " actions"]:
         """Return one value a hidden state, whatever autocast is about."""

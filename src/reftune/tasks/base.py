@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -59,6 +59,11 @@ class Example:
         if self.messages and self.messages[-1]["role"] == "assistant":
             return self.messages[:-1]
         return self.messages
+
+    @property
+    def solution(self) -> str:
+        """The annotated text: the target, or what the assistant says last."""
+        return self.messages[-1]["content"] if self.messages else self.target
 
 
 @dataclass(frozen=True)
@@ -153,6 +158,10 @@ class Task(ABC):
     @abstractmethod
     def score(self, text: str, example: Example) -> dict[str, float]:
         """Return 1.0 or 0.0 (or a share) for each metric; the main one is `self.metric`."""
+
+    def is_right(self, scores: Mapping[str, float]) -> bool:
+        """Return whether what `score` gave says that an answer is right: the main metric is 1."""
+        return scores.get(self.metric, 0.0) >= 1.0
 
     def aggregate(
         self,

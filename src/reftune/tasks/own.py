@@ -325,7 +325,7 @@ class Own(ScoredElsewhere):
 
 def characters_to_learn(example: Example) -> int:
     """Return the length of the text a row teaches, in characters."""
-    return len(example.messages[-1]["content"] if example.messages else example.target)
+    return len(example.solution)
 
 
 def _marks(given: Any, row: Row, origin: str) -> tuple[str | tuple[int, int], ...]:

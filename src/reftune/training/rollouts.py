@@ -75,9 +75,10 @@ def score(task: Task, text: str, example: Example, partial: float) -> Score:
         example: The question.
         partial: Score of an answer that was extracted but is wrong.
     """
-    found = float(task.score(text, example)[task.metric])
+    scores = task.score(text, example)
     answered = task.extract(text, example) is not None
-    return Score(max(found, partial if answered else 0.0), found >= 1.0, answered)
+    value = max(float(scores[task.metric]), partial if answered else 0.0)
+    return Score(value, task.is_right(scores), answered)
 
 
 class Sampler:

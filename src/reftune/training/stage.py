@@ -305,8 +305,10 @@ def causal_settings(stage: StageSpec, rows: Rows, folder: Path | None) -> Settin
     uses = stage.epochs
     if stage.max_steps is not None:
         uses = stage.max_steps * stage.batch_size / max(1, len(rows))
-    prompts = {hash(tuple(row.input_ids[: row.prompt_len])) for row in rows.rows}
-    samples = len(rows) / max(1, len(prompts))
+    samples = 1.0
+    if stage.causal != "off":
+        prompts = {hash(tuple(row.input_ids[: row.prompt_len])) for row in rows.rows}
+        samples = len(rows) / max(1, len(prompts))
     budget = None if stage.causal_budget is None else stage.causal_budget * 2**30
     on_disk = folder if stage.causal_store == "disk" else None
     return Settings(stage.causal, uses, samples, budget, on_disk)
