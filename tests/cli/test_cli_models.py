@@ -11,6 +11,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from reftune.cli.models import load_any, shape
+from reftune.model.checkpoint import trained_head
 
 NONE = ("--set", "evaluation.split=none", "--set", "max_steps=1")
 
@@ -60,6 +61,40 @@ def test_classifiers_are_scored_with_their_own_head(cli, recipe_file, labelled, 
     assert model.config.num_labels == 3
     code, _, err = cli("generate", "runs/sums", "a")
     assert code == 4 and "cannot generate text" in err
+
+
+@pytest.mark.parametrize("method", ["full", "loreft", "lora"])
+def test_a_head_it_was_not_trained_with_is_refused(cli, recipe_file, labelled, method):
+    """Else its weights would be drawn at random, and scored as if they had been trained."""
+    fields = ("--set", "task.prompt=text", "--set", "task.completion=label")
+    how = ("--set", "evaluation.split=none", "--set", f"adapter.method={method}")
+    for name, more in (("causal", (*fields, *NONE)), ("classes", labelled)):
+        code, _, err = cli("train", recipe_file, *more, *how, "--name", name)
+        assert code == 0, err
+    part = "model" if method == "full" else "adapter"
+    shutil.copytree(f"runs/causal/{part}", "alone")
+    shutil.copytree(f"runs/classes/{part}", "alone-classes")
+    assert trained_head("runs/causal") == trained_head("alone") == "causal"
+    assert trained_head("runs/classes") == trained_head("alone-classes") == "classification"
+    task = ("--task", "held.jsonl", "-o", "text=text", "-o", "label=label", "-o", "labels=[a,b,c]")
+    alone = method != "full"  # a whole model by itself is a base model, which may get any head
+    for name in ("runs/causal", "alone")[: 1 + alone]:
+        code, _, err = cli("eval", name, *task, "--head", "classification")
+        told = " ".join(err.split())
+        assert code == 4 and f'"{name}" was trained with head causal; with head class' in told
+        assert "the head would be untrained" in told and "Leave --head out" in told
+        code, _, err = cli("eval", name, *task)
+        told = " ".join(err.split())
+        assert code == 4 and "as this task asks the head would be untrained" in told
+        assert "with model.head: classification" in told
+    for name in ("runs/classes", "alone-classes")[: 1 + alone]:
+        code, _, err = cli("generate", name, "a", "--head", "causal")
+        told = " ".join(err.split())
+        assert code == 4 and f'"{name}" was trained with head classification; with' in told
+        code, _, err = cli("eval", name, *task, "--head", "causal")
+        assert code == 4 and "Leave --head out" in err
+        code, _, err = cli("eval", name, *task, "--head", "classification")
+        assert code == 0, err
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import warnings
@@ -19,7 +20,8 @@ from reftune.errors import AdapterError
 from reftune.model import build as building
 from reftune.model.build import apply_adapter, default_device, load_base
 from reftune.model.checkpoint import load_adapter, save_adapter
-from reftune.model.record import base_record, is_hub_name
+from reftune.model.face import ReftConfig, get_peft_model
+from reftune.model.record import base_record, fingerprint, is_hub_name
 
 pytestmark = pytest.mark.quick
 CONFIG, SIDECAR = "adapter_config.json", "reftune.json"
@@ -47,7 +49,7 @@ def test_the_base_is_loaded_as_it_was(base, tmp_path, monkeypatch, method, file)
     record = json.loads((folder / file).read_text())["base_model"]
     assert record == {
         "name": str(base), "revision": "v2", "dtype": "bfloat16", "quantize": "none",
-        "head": "causal",
+        "head": "causal", "fingerprint": fingerprint(load_base(spec)[0]),
     }  # fmt: skip
     assert (folder / SIDECAR).exists() == (method == "lora")
     asked = []
@@ -112,13 +114,69 @@ def test_a_whole_classifier_loads_with_its_head(base, tmp_path):
 # Another base of the same shape
 
 
+def other_weights(model):
+    """Return a model after something happened to its embedding."""
+    with torch.no_grad():
+        model.get_input_embeddings().weight.mul_(1.5)
+    return model
+
+
+def without_fingerprint(folder):
+    """Make an artefact one of those that were written without a fingerprint."""
+    file = folder / (SIDECAR if (folder / SIDECAR).is_file() else CONFIG)
+    record = json.loads(file.read_text())["base_model"]
+    assert len(record.pop("fingerprint")) == 16
+    change(file, base_model=record)
+
+
 @pytest.mark.parametrize("method", ["loreft", "lora"])
 def test_a_base_of_another_name_is_warned_of(base, tmp_path, caplog, method):
     folder = adapter(str(base), tmp_path / "adapter", method)
-    copy = load_base(str(shutil.copytree(base, tmp_path / "copy")))[0]
+    moved = shutil.copytree(base, tmp_path / "copy")
+    with warnings.catch_warnings():  # the fingerprint says that it is a copy
+        warnings.filterwarnings("error", message=".*adapter was trained on")
+        load_adapter(folder, model=load_base(str(moved))[0])
     with pytest.warns(UserWarning, match=r"trained on .*base. and is loaded on .*copy"):
-        load_adapter(folder, model=copy)
+        load_adapter(folder, model=other_weights(load_base(str(moved))[0]))
     assert "is loaded on" in caplog.text
+    without_fingerprint(folder)
+    with pytest.warns(UserWarning, match=r"trained on .*base. and is loaded on .*copy"):
+        load_adapter(folder, model=load_base(str(moved))[0])
+
+
+@pytest.mark.parametrize("method", ["loreft", "lora"])
+def test_other_weights_of_the_same_name_are_warned_of(base, tmp_path, method):
+    folder = adapter(str(base), tmp_path / "adapter", method)
+    model = load_base(str(base))[0]
+    with warnings.catch_warnings():  # neither precision nor more tokens make it another model
+        warnings.filterwarnings("error", message=".*adapter was trained on")
+        load_adapter(folder, model=copy.deepcopy(model).to(torch.bfloat16))
+        longer = copy.deepcopy(model)
+        longer.resize_token_embeddings(longer.config.vocab_size + 8)
+        load_adapter(folder, model=longer)
+    with pytest.warns(UserWarning, match=r"weights of .*base. are not those that the adapter"):
+        load_adapter(folder, model=other_weights(model))
+
+
+def test_an_embedding_that_cannot_be_read_keeps_the_fingerprint_of_before(base, tmp_path):
+    model = load_base(str(base))[0]
+    seen = fingerprint(model)
+    assert len(seen) == 16 and len(set(seen)) > 8
+    adapted = get_peft_model(model, ReftConfig("loreft"))
+    model.get_input_embeddings().to("meta")
+    assert fingerprint(adapted) is None and fingerprint(torch.nn.Linear(2, 2)) is None
+    folder = save_adapter(adapted, tmp_path / "adapter")
+    assert json.loads((folder / CONFIG).read_text())["base_model"]["fingerprint"] == seen
+
+
+def test_a_config_used_again_notes_its_new_model():
+    config = ReftConfig("loreft")
+    first, second = build("llama"), other_weights(build("llama"))
+    get_peft_model(first, config)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*adapter was trained on")
+        get_peft_model(second, config)
+    assert config.base_model["fingerprint"] == fingerprint(second) != fingerprint(first)
 
 
 def test_equal_unknown_and_downloaded_names_are_not_warned_of(base, tmp_path):

@@ -162,6 +162,34 @@ def test_without_weight_it_is_reinforced_to_the_bit():
     assert found[0][2] == found[1][2]
 
 
+@pytest.mark.parametrize(("trunk", "updating"), [("shared", 1), ("detached", 2)])
+def test_the_first_layer_is_computed_once_a_pass(trunk, updating):
+    """Twice only where V must not train the trunk and the vectors must."""
+    objective = carft(trunk=trunk)
+    model, batches, _ = prepared(objective)
+    calls = []
+    objective.head.reduce.register_forward_hook(lambda *given: calls.append(given))
+    with torch.no_grad():
+        objective.measure(Runner(model), batches[0])
+    assert len(calls) == 2, "of the sampled chains, and of the annotated ones"
+    calls.clear()
+    objective(Runner(model), batches[0], None)
+    assert len(calls) == updating
+
+
+def test_values_of_a_detached_trunk_leave_it_to_the_vectors():
+    found = []
+    for trunk in ("shared", "detached"):
+        objective = carft(trunk=trunk, contrastive="none", partial_reward="constant")
+        model, batches, _ = prepared(objective)
+        for batch in batches:
+            batch.measured["advantages"].zero_()
+        total(model, objective, batches)
+        own = [p.grad for p in model.parameters() if p.requires_grad]
+        found.append(any(grad.any() for grad in own if grad is not None))
+    assert found == [True, False]
+
+
 def test_wrong_answers_are_split_at_their_common_tokens():
     objective = carft(contrastive="negative")
     _, batches, _ = prepared(objective)

@@ -273,7 +273,7 @@ def test_room_for_a_head_of_another_shape():
         def __call__(self, run, prepared, num_items):
             seen = self.look(run, prepared)
             loss = self.ppo(seen, prepared, num_items)
-            loss.loss = loss.loss + 1e-3 * self.head.down(seen.hidden.float()).square().mean()
+            loss.loss = loss.loss + 1e-3 * self.head.down(seen.states.float()).square().mean()
             return loss
 
     model, objective = adapted(), Own()

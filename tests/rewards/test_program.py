@@ -8,6 +8,7 @@ from reftune import rewards
 from reftune.config.recipe import TaskSpec
 from reftune.rewards import program, programs
 from reftune.rewards.program import extract, extract_text, program_in, value_of
+from reftune.rewards.programs import Limits
 
 DEF = 'def solution():\n    """How many?"""\n    a = 3\n    result = a * 2\n    return result'
 BODY = "    a = 3\n    result = a * 2\n    return result"
@@ -27,6 +28,12 @@ def test_a_program_stands_behind_the_last_marker():
 def test_a_prefilled_head_is_put_back(body):
     assert extract(body) == "6.0"
     assert program_in(body).startswith("def solution():\n    a = 3\n    result")
+
+
+@pytest.mark.quick
+def test_a_body_is_not_taken_for_the_program_that_follows_it():
+    assert program_in(f"{BODY}\n{DEF}") == f"def solution():\n{BODY}\n{DEF}"
+    assert program_in(f" {DEF}") == DEF, "a target may begin with a space"
 
 
 @pytest.mark.quick
@@ -81,26 +88,67 @@ def test_choices_are_compared_as_texts():
     given = [("'b'", "b"), ("' b '", "b"), ("'B'", "b"), ("3", "3"), ("None", "none"), ("1/0", "a")]
     found = [rule.reward(text.format(value), gold, partial=0.1) for value, gold in given]
     assert found == [1.0, 1.0, 0.1, 1.0, 0.0, 0.0]
+    quirk = rewards.get("program_choice_reference")
+    found = [quirk.reward(text.format(value), gold, partial=0.1) for value, gold in given]
+    assert found == [1.0, 1.0, 0.1, 1.0, 1.0, 0.1], "a failed program gives the text none"
 
 
 # Running
 
 
-def test_a_text_is_run_once(monkeypatch):
-    runs = []
+@pytest.fixture
+def runs(monkeypatch):
+    """Note which programs are run together, and within which limits."""
+    noted = []
 
     class Counting:
-        def run(self, source, compat):
-            runs.append((source, compat))
-            return programs.Outcome(4.0, "4")
+        def __init__(self, limits):
+            self.limits = limits
+
+        def run_all(self, sources, compat):
+            noted.append((list(sources), compat, self.limits))
+            return [programs.Outcome(4.0, "4")] * len(sources)
 
     monkeypatch.setattr(programs, "shared", Counting)
-    value_of.cache_clear()
-    text = "def solution():\n    return 2 + 2  # once"
-    assert extract(text) == extract(text) == "4.0" and extract_text(text) == "4"
-    assert extract(text, "reference") == "4.0"
-    assert runs == [(text, False), (text, True)]
-    value_of.cache_clear()
+    monkeypatch.setattr(program, "_known", program.OrderedDict())
+    return noted
+
+
+FOUR = "def solution():\n    return 2 + 2"
+
+
+@pytest.mark.quick
+def test_a_program_is_run_once(runs):
+    assert extract(FOUR) == extract(FOUR + "\n") == "4.0" and extract_text(FOUR) == "4"
+    assert extract(FOUR, "reference") == "4.0"
+    assert runs == [([FOUR], False, Limits()), ([FOUR], True, Limits())]
+
+
+@pytest.mark.quick
+def test_programs_known_in_advance_run_together_and_equal_ones_once(runs):
+    rule = rewards.get("program")
+    texts = [FOUR, "no program", BODY, FOUR]
+    rule.ahead(texts)
+    assert [extract(text) for text in texts] == ["4.0", None, "4.0", "4.0"]
+    assert [sources for sources, *_ in runs] == [[FOUR, "def solution():\n" + BODY]]
+
+
+@pytest.mark.quick
+def test_a_rule_within_limits_is_the_rule_but_for_them(runs):
+    tight = Limits(1.5, 2**27)
+    rule = rewards.get("program_reference").within(tight)
+    assert (rule.name, rule.extract(FOUR)) == ("program_reference", "4.0")
+    rule.within(None).extract(FOUR)
+    assert runs == [([FOUR], True, tight), ([FOUR], True, Limits())]
+    assert rewards.get("numeric").within is rewards.get("numeric").ahead is None
+
+
+@pytest.mark.quick
+def test_outcomes_are_forgotten_in_the_end(runs, monkeypatch):
+    monkeypatch.setattr(program, "KEPT", 2)
+    for number in (1, 2, 1, 3, 1, 2):  # 2 is the one that was not used for longest
+        extract(f"def solution():\n    return {number}")
+    assert [sources[0][-1] for sources, *_ in runs] == ["1", "2", "3", "2"]
 
 
 def test_workers_are_shared_and_those_of_a_parent_are_not(monkeypatch):
@@ -110,7 +158,10 @@ def test_workers_are_shared_and_those_of_a_parent_are_not(monkeypatch):
         patch.setattr(programs.os, "getpid", lambda: -5)
         other = programs.shared()
         assert other is not mine
-        programs._SHARED.pop(-5).close()
+        programs._SHARED.pop((-5, Limits())).close()
+    tight = programs.shared(Limits(1.5))
+    assert tight is programs.shared(Limits(1.5)) is not mine and tight.limits.seconds == 1.5
+    assert mine.workers == programs.processors() >= 1
 
 
 def test_own_data_can_be_scored_by_programs(tmp_path):

@@ -170,6 +170,17 @@ def test_one_program_leaves_nothing_to_the_next(programs):
     assert found.number == pytest.approx(3.14159, abs=1e-4)
 
 
+def test_a_program_gives_the_same_every_time():
+    """Neither chance nor the order of sets tells workers apart; a resumed run scores alike."""
+    source = "import random\ndef solution():\n    order = ''.join({'ab', 'cd', 'ef', 'gh', 'ij'})\n"
+    source += "    return order + str(random.random())"
+    found = set()
+    for _ in range(3):
+        with Programs(LIMITS, workers=1, monty=False) as programs:
+            found |= {programs.run(source).text, programs.run(source).text}
+    assert len(found) == 1 and found.pop()[:10].isalpha()
+
+
 # Workers
 
 
@@ -201,9 +212,11 @@ def test_nothing_is_left_behind():
 
 
 def test_limits_that_let_nothing_run_are_refused():
-    for given in ({"limits": Limits(seconds=0)}, {"workers": 0}):
+    for given in ({"seconds": 0}, {"seconds": float("inf")}, {"memory": 0}):
         with pytest.raises(RecipeError, match="let no program run"):
-            Programs(**given)
+            Limits(**given)
+    with pytest.raises(RecipeError, match="0 workers let no program run"):
+        Programs(workers=0)
 
 
 # Layers, one by one: each holds where the others would fail

@@ -9,6 +9,7 @@ import pytest
 from task_lookalikes import gold_accuracy, make
 
 from reftune.errors import DataError
+from reftune.tasks.base import ahead
 from reftune.tasks.guard import overlap, refuse_test
 from reftune.tasks.problems import Problem, capital_options
 
@@ -159,3 +160,11 @@ def test_no_test_file_can_be_trained_on():
     assert all(
         "train" in n or "svamp_nl" in n or "python_sdp" in n or "valid" in n for n in allowed
     )
+
+
+@pytest.mark.parametrize("options", [{}, {"prefill": False}, {"compat": "reference"}], ids=str)
+def test_every_published_program_gives_its_answer(options):
+    task, examples = load("svamp", "train", template="program", **options)
+    pairs = ahead(task, [example.target for example in examples], examples)
+    right = [task.score(*pair)["accuracy"] for pair in pairs]
+    assert len(right) == 3043 and set(right) == {1.0}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from online_toys import Fixed, Toy, adapted, objective_of, sampler_of, trainer_of, weights
@@ -14,14 +15,19 @@ from reftune.training.world import world_of
 
 COUNT = 17
 """Questions: in the last step of an epoch one of two processes has none."""
-NAMES = ("reinforced", "online_st")
+NAMES = ("reinforced", "online_st", "separate")
 WATCHED = ("loss", "reward", "grad_norm", "tokens", "eval_loss", "length")
 PPO = ("kl", "entropy", "advantage_std", "explained_variance", "value_loss", "clip_fraction")
 
 
+def made(name: str) -> Any:
+    """Return an objective; `separate` is reinforced with a value model of its own."""
+    return objective_of(trunk="separate") if name == "separate" else objective_of(name)
+
+
 def walk(out: Path, micro: int, name: str) -> None:
     """Train on fixed answers to 17 questions, 8 a rollout; save what was logged and learned."""
-    task, objective = Toy("7", COUNT), objective_of(name)
+    task, objective = Toy("7", COUNT), made(name)
     model = adapted()
     fixed = Fixed(sampler_of(adapted(), objective_of(), task))
     if name == "online_st":  # no answer of a random model is right
@@ -34,7 +40,7 @@ def walk(out: Path, micro: int, name: str) -> None:
     trainer.train()
     history = trainer.state.log_history
     found = {f"weight.{n}": value for n, value in weights(model).items()}
-    for key in WATCHED + (PPO if name == "reinforced" else ()):
+    for key in WATCHED + (() if name == "online_st" else PPO):
         found[key] = torch.tensor([line[key] for line in history if key in line]).double()
     rank = os.environ.get("RANK", "0")
     save_file(found, str(out / f"{name}{rank}.safetensors"))
@@ -50,7 +56,7 @@ def meet(out: Path) -> None:
 
 
 def main() -> None:
-    """Walk with both objectives, then meet."""
+    """Walk with all objectives, then meet."""
     torch.set_num_threads(1)
     for name in NAMES:
         walk(Path(sys.argv[1]), 2, name)

@@ -46,12 +46,12 @@ def load_any(
         (model, tokenizer)
 
     Raises:
-        ModelError, AdapterError: If it cannot be found or loaded.
+        ModelError, AdapterError: If it cannot be found or loaded, or was trained with another head.
         RecipeError: If there is no such head.
     """
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base, locate
-    from reftune.model.checkpoint import describe, load_adapter, resolve_folder
+    from reftune.model.checkpoint import describe, load_adapter, resolve_folder, trained_head
 
     check_head(head)
     if not is_adapter(what):
@@ -64,16 +64,17 @@ def load_any(
         spec = replace(spec, name=what)
         head = "classification" if num_labels is not None else head or head_of(spec)
         return load_base(replace(spec, head=head), num_labels)
-    facts = describe(what)
+    facts, trained = describe(what), trained_head(what)
     if base_model and facts["kind"] == "model":
         raise RecipeError(f'"{what}" is no adapter.', "Leave --base-model out.")
+    wanted = head or ("classification" if num_labels is not None else trained or spec.head)
+    _check_trained(what, trained, wanted, is_flag=head is not None)
     if facts["kind"] == "model":  # whose config tells the number of its classes
         spec = replace(spec, name=str(resolve_folder(what).resolve()), revision=None)
-        return load_base(replace(spec, head=head or (spec.head if recipe else head_of(spec))))
+        return load_base(replace(spec, head=head or trained or head_of(spec)))
     base = base_model or (recipe.model.name if recipe else facts.get("base"))
     if base_model:
         spec = replace(spec, revision=None)
-    wanted = head or ("classification" if num_labels is not None else spec.head)
     knows_itself = (
         head is None
         and not base_model
@@ -99,6 +100,29 @@ def load_any(
         raise AdapterError(
             f'"{what}" cannot be put on a model with head {wanted}.', "Leave --head out."
         ) from error
+
+
+def _check_trained(what: str, trained: str | None, wanted: str, is_flag: bool) -> None:
+    """Refuse a head that an artefact was not trained with: its weights would be drawn at random.
+
+    Args:
+        what: Name of the artefact.
+        trained: The head it was trained with, if that is known.
+        wanted: The head it is to be loaded with.
+        is_flag: Whether that was said by `--head`; else the task wants it.
+
+    Raises:
+        AdapterError: If they differ.
+    """
+    if trained in (None, wanted):
+        return
+    model = "the run" if run_recipe(what) else "it"
+    remedy = "Leave --head out." if is_flag else f"Train {model} with model.head: {wanted}."
+    raise AdapterError(
+        f'"{what}" was trained with head {trained}; with head {wanted} '
+        f"{'as --head says' if is_flag else 'as this task asks'} the head would be untrained.",
+        remedy,
+    )
 
 
 def check_there(what: str) -> None:

@@ -34,6 +34,7 @@ from reftune.inference.predictions import (
 )
 from reftune.inference.prefix import shared_prefix
 from reftune.inference.running import Job, jobs_of
+from reftune.tasks.base import ahead
 
 if TYPE_CHECKING:
     from torch import nn
@@ -225,11 +226,13 @@ def _generated(run: _Run) -> list[Prediction]:
     progress = run.progress or False
     batch = (spec.batch_size, progress, _shared(run, jobs, decoding.options))
     answers = answer_jobs(run.model, run.tokenizer, jobs, decoding, *batch)
-    return [
-        scored(task, example, text, sample, row.cut)
+    asked = [
+        (example, text, sample, row.cut)
         for example, row, texts in zip(run.examples, rows, answers, strict=True)
         for sample, text in enumerate(texts)
     ]
+    pairs = ahead(task, [text for _, text, *_ in asked], [example for example, *_ in asked])
+    return [scored(task, *told) for told, _ in zip(asked, pairs, strict=True)]
 
 
 def _shared(run: _Run, jobs: Sequence[Job], options: Mapping[str, Any]) -> PrefixCache | None:

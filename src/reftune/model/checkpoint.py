@@ -29,6 +29,7 @@ from reftune.model.levels import (
 )
 from reftune.model.places import said
 from reftune.model.record import (
+    HEADS,
     base_record,
     check_below,
     check_tensors,
@@ -42,6 +43,8 @@ STACK = "stack.json"
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 CARD = "README.md"
+KINDS = {"CAUSAL_LM": "causal", **HEADS}
+"""PEFT's task types, and the heads they are trained with."""
 SIDECAR = "reftune.json"
 """Beside adapters of other kinds: what our own config says of base model and adapter below."""
 
@@ -52,6 +55,7 @@ __all__ = [
     "push",
     "resolve_folder",
     "save_adapter",
+    "trained_head",
     "write_card",
 ]
 
@@ -167,6 +171,9 @@ def _write_part(part: Part, folder: Path, below: str | None, record: dict[str, A
     config.update(inference_mode=True, base_model_name_or_path=part.base_name())
     config["target_modules"] = _plain_targets(config.get("target_modules"))
     if part.kind == "reft":
+        noted = config.get("base_model") or {}
+        if record["fingerprint"] is None:  # the weights were still whole when it was attached
+            record = {**record, "fingerprint": noted.get("fingerprint")}
         config.update(stacked_on=below, base_model=record)
     else:
         _write_json(folder / SIDECAR, {"base_model": record, "stacked_on": below})
@@ -252,15 +259,42 @@ def _load_whole(folder: Path, how: dict[str, Any]) -> tuple[nn.Module, Any]:
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
 
-    classes = _read_json(folder / "config.json").get("architectures") or [""]
-    head = "causal"
-    if str(classes[0]).endswith("ForSequenceClassification"):
-        head = "classification"
-    elif str(classes[0]).endswith("ForConditionalGeneration"):
-        head = "seq2seq"
-    trust = how["trust_remote_code"]
+    head, trust = _whole_head(folder) or "causal", how["trust_remote_code"]
     spec = ModelSpec(str(folder.resolve()), head=head, trust_remote_code=trust)
     return load_base(spec, device=how["device"])
+
+
+def _whole_head(folder: Path) -> str | None:
+    """Return the head that a whole model was saved with; None if its config names no class."""
+    classes = _read_json(folder / "config.json").get("architectures") or [""]
+    ends = {
+        "ForSequenceClassification": "classification",
+        "ForConditionalGeneration": "seq2seq",
+        "": "causal" if classes[0] else None,
+    }
+    return next(head for end, head in ends.items() if str(classes[0]).endswith(end))
+
+
+def trained_head(path: str | Path) -> str | None:
+    """Return the head an artefact was trained with: causal, classification, seq2seq.
+
+    Args:
+        path: An adapter, a stack, a whole model, or a run folder.
+
+    Returns:
+        The head, or None where the artefact does not say.
+    """
+    folder = resolve_folder(path)
+    if (folder / STACK).is_file():
+        folder = _read_stack(folder)[1][-1][0]
+    if not (folder / CONFIG).is_file():
+        return _whole_head(folder) if (folder / "config.json").is_file() else None
+    task = _read_json(folder / CONFIG).get("task_type")
+    if task in KINDS:
+        return KINDS[task]
+    record = _needs(folder).get("base_model") if task is None else None
+    head = record.get("head") if isinstance(record, dict) else None
+    return head if head in KINDS.values() else None
 
 
 def resolve_folder(path: str | Path) -> Path:
@@ -404,7 +438,8 @@ def _load_level(
         saved = set(file.keys())
     before = adapter_names(model)
     if config["peft_type"] != MEMBER:  # ours warns by itself, also when PEFT loads it
-        warn_other_base(config.get("base_model_name_or_path"), model)
+        noted = _needs(folder).get("base_model")
+        warn_other_base(config.get("base_model_name_or_path"), noted, model)
     try:
         loaded = PeftModel.from_pretrained(
             model, str(folder), adapter_name=name, is_trainable=trainable

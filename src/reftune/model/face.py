@@ -87,7 +87,8 @@ class ReftConfig(PeftConfig):
         method: Registered name, where several methods share a config class.
         layers, site, positions, train_positions, tied, short, stack, blocks: See `Placement`.
         stacked_on: Kind of the adapter it was trained on top of (`lora`), checked when loading.
-        base_model: How the base model was loaded (name, revision, dtype, quantize, head).
+        base_model: How the base model was loaded (name, revision, dtype, quantize, head)
+            and the fingerprint of its weights.
         modules_to_save: Modules trained and saved beside it, for instance a classification head.
         task_type: As in PEFT; default CAUSAL_LM.
 
@@ -204,8 +205,10 @@ class ReftConfig(PeftConfig):
         targets = find_targets(blocks, self.layers, self.site)
         self.target_modules = "|".join(re.escape(t.name) for t in targets)
         stored = public_name(self.base_model_name_or_path)
-        if not isinstance(self.base_model, dict) or self.base_model.get("name") != stored:
+        is_read = isinstance(self.base_model, dict) and self.base_model.get("name") == stored
+        if not is_read or self.__dict__.get("_is_noted"):
             self.base_model = base_record(base)
+            self._is_noted = True  # a config used again must not keep its first model's record
         return self
 
 
@@ -275,7 +278,7 @@ class ReftModel(BaseTuner):
         blocks = find_blocks(base, peft_config.stack, peft_config.blocks)
         peft_config.fitted(base)
         check_below(peft_config.stacked_on, self.model, own=peft_config)
-        warn_other_base(peft_config.base_model_name_or_path, base)
+        warn_other_base(peft_config.base_model_name_or_path, peft_config.base_model, base)
         if not peft_config.inference_mode:
             check_backward(base)
         self._blocks = blocks

@@ -1,4 +1,4 @@
-"""What an artefact remembers of its base model: its name and how it was loaded."""
+"""What an artefact remembers of its base model: name, how it was loaded, a few of its weights."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+import torch
 from torch import nn
 
 from reftune.config.recipe import ModelSpec
@@ -52,7 +53,7 @@ def name_of(model: nn.Module) -> str | None:
 
 
 def base_record(model: nn.Module) -> dict[str, Any]:
-    """Return the name of the base model under a model and how it was loaded.
+    """Return the name of the base model under a model, how it was loaded and its fingerprint.
 
     Code that came with a checkpoint is never recorded as trusted: whoever loads must say so again.
     """
@@ -61,7 +62,47 @@ def base_record(model: nn.Module) -> dict[str, Any]:
         quantize=_quantisation_of(base), head=HEADS.get(task_of(base) or "", "causal")
     )
     keys = ("revision", "dtype", "quantize", "head")
-    return {"name": name_of(base), **{key: getattr(spec, key) for key in keys}}
+    loaded = {key: getattr(spec, key) for key in keys}
+    return {"name": name_of(base), **loaded, "fingerprint": fingerprint(base)}
+
+
+def fingerprint(model: nn.Module) -> list[float] | None:
+    """Return 16 weights of the input embedding, by which one base model is told from another.
+
+    Rows 0, 8, ... 120 (closer together in a smaller vocabulary), a column each: adding tokens to
+    a vocabulary does not change them, and quantisation leaves embeddings alone.
+
+    Returns:
+        The weights, or None for a model whose embedding cannot be read here: on the meta device,
+        say, or sharded over processes.
+    """
+    base = base_of(model)
+    weight = getattr(_embedding_of(base), "weight", None)
+    if type(weight) not in (nn.Parameter, torch.Tensor) or weight.is_meta:
+        return None
+    if weight.dim() != 2 or not weight.numel():
+        return None
+    at = torch.arange(16, device=weight.device)
+    rows = at * max(1, min(len(weight), 128) // 16) % len(weight)
+    values = weight.detach()[rows, at * 7 % weight.shape[1]].float().tolist()
+    return [float(f"{value:.6g}") for value in values]
+
+
+def _embedding_of(base: nn.Module) -> nn.Module | None:
+    try:
+        return base.get_input_embeddings()
+    except (AttributeError, NotImplementedError):
+        return None
+
+
+def _same_weights(stored: Any, model: nn.Module) -> bool | None:
+    """Whether a stored fingerprint is a model's, up to precision; None if that cannot be told."""
+    have = fingerprint(model)
+    if not isinstance(stored, list) or have is None or len(stored) != len(have):
+        return None
+    if not all(isinstance(value, int | float) for value in stored):
+        return None
+    return all(abs(a - b) <= 1e-4 + 0.02 * abs(a) for a, b in zip(stored, have, strict=True))
 
 
 def _quantisation_of(base: nn.Module) -> str:
@@ -105,18 +146,27 @@ def spec_from(
     return ModelSpec(name, revision=revision, trust_remote_code=trust_remote_code, **values)
 
 
-def warn_other_base(stored: str | None, model: nn.Module) -> None:
-    """Warn when an adapter is loaded on a base model of another name than it was trained on.
+def warn_other_base(stored: str | None, record: Any, model: nn.Module) -> None:
+    """Warn when an adapter is loaded on another base model than it was trained on.
 
-    It is no error: a fine-tuned copy of the base is another name too.
+    What tells is the fingerprint, and the name where an artefact has none. It is no error: a
+    fine-tuned copy of the base differs too.
+
+    Args:
+        stored: Name of the base model it was trained on.
+        record: What `base_record` returned when the artefact was written, if it says.
+        model: The model it is loaded on.
     """
     stored, have = public_name(stored), name_of(model)
-    if not stored or not have or _same(stored, have):
+    is_named = bool(stored and have) and not _same(stored, have)
+    same = _same_weights(record.get("fingerprint") if isinstance(record, dict) else None, model)
+    if same or (same is None and not is_named):
         return
-    text = (
-        f'The adapter was trained on "{stored}" and is loaded on "{have}". Unless one is a copy '
-        "of the other, its edits mean nothing there."
-    )
+    if is_named:
+        text = f'The adapter was trained on "{stored}" and is loaded on "{have}".'
+    else:
+        text = f'The weights of "{have or stored}" are not those that the adapter was trained on.'
+    text += " Unless one is a copy of the other, its edits mean nothing there."
     logger.warning("%s", text)
     warnings.warn(text, stacklevel=2)
 

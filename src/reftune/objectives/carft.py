@@ -80,6 +80,12 @@ class CarftConfig(ReinforcedConfig):
                 "Use contrastive: positive; the published code of the other signals compares "
                 "prompts and padding.",
             )
+        if self.trunk == "separate":
+            raise RecipeError(
+                "trunk is separate: values and vectors of carft share their first layer, and so "
+                "the hidden states.",
+                "Use trunk: shared or detached, or objective: reinforced.",
+            )
 
 
 class CarftHead(nn.Module):
@@ -103,10 +109,14 @@ class CarftHead(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.reduce(hidden.float())
 
+    def judge(self, embedded: Float[Tensor, "actions dim"]) -> Float[Tensor, " actions"]:
+        """Return V of each e."""
+        with torch.autocast(embedded.device.type, enabled=False):
+            return self.value(embedded.relu())[:, 0]
+
     def forward(self, hidden: Float[Tensor, "actions width"]) -> Float[Tensor, " actions"]:
         """Return V of each hidden state."""
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value(self.embed(hidden).relu())[:, 0]
+        return self.judge(self.embed(hidden))
 
 
 @dataclass
@@ -178,6 +188,18 @@ class Carft(Reinforced):
             self.numbers = torch.tensor([_is_number(text) for text in texts])
         return list(rows)
 
+    def read(
+        self, hidden: Float[Tensor, "actions width"]
+    ) -> tuple[Float[Tensor, " actions"], Float[Tensor, "actions dim"]]:
+        """Return V and e of each hidden state; W1 h is computed once.
+
+        Twice only with gradients and `trunk: detached`: there e trains the trunk and V must not.
+        """
+        embedded = self.head.embed(hidden)
+        is_apart = self.config.trunk == "detached" and torch.is_grad_enabled()
+        values = self.values(hidden) if is_apart else self.head.judge(embedded)
+        return values, embedded
+
     # Measuring a rollout
 
     def measure(self, run: Run, batch: Actions) -> None:
@@ -199,7 +221,7 @@ class Carft(Reinforced):
 
     def _chains(self, batch: Actions, seen: Seen) -> Chains:
         """Return the chains of a batch: the states behind each token of an answer but the last."""
-        states = batch.spread(self.head.embed(seen.hidden))
+        states = batch.spread(seen.states)
         tokens = batch.spread(batch.labels[batch.labels != IGNORE])
         mask, alone = batch.mask, batch.mask.shape[1] == 1  # nothing but an end: the state before
         now, behind = (slice(None), slice(None)) if alone else (slice(-1), slice(1, None))

@@ -179,8 +179,19 @@ class OnlineObjective(Objective):
     def __init__(self, config: ObjectiveConfig | None = None) -> None:
         super().__init__(config)
         self.head: nn.Module | None = None
+        self.second: Reference | None = None
         self.first: dict[str, float] = {}
         self.warned: set[str] = set()
+
+    @property
+    def wants_second(self) -> bool:
+        """Whether it trains a second model beside the policy.
+
+        The loop makes it: a copy of the trained parameters on the same base, as the policy is when
+        the stage starts. `run` reaches it in the context that `second()` returns. It is trained at
+        the stage's rate and saved with checkpoints. It is no part of the artefact.
+        """
+        return False
 
     def make_head(self, dim: int) -> nn.Module | None:
         """Return a module that is trained beside the policy and reads its last hidden states.

@@ -24,6 +24,16 @@ INK, FAINT = "#222222", "#D5D8DC"
 DPI = 160
 
 
+def stroke(index: int) -> dict[str, str]:
+    """Return colour and line style of the index-th line; they repeat together only after 24 lines.
+
+    >>> stroke(8)
+    {'color': '#0072B2', 'linestyle': '--'}
+    """
+    again, place = divmod(index, len(COLOURS))
+    return {"color": COLOURS[place], "linestyle": ("-", "--", ":")[again % 3]}
+
+
 def sheet(
     width: float, height: float, rows: int = 1, columns: int = 1, share_x: bool = False
 ) -> tuple[Canvas, list[Axes]]:

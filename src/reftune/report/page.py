@@ -30,6 +30,10 @@ ABOUT = {
     "was sought for it.",
     "families": "Learning rates were chosen on validation rows, as `recipes/grids/families.yaml` "
     "tells. Differences are paired: same questions, same seeds.",
+    "passages": "Learning rates were chosen on validation rows, as `recipes/grids/passages.yaml` "
+    "tells; DiReFT has LoReFT's.",
+    "ablation": "One setting is changed at a time. Every row has the learning rate that was chosen "
+    "for `loreft`, none one of its own.",
     "brep": "BREP beside RED, LoReFT and LoRA at equal data and steps, trained on prose solutions "
     "of nano's known families. Trained was `format_accuracy`; `accuracy` counts the last number in "
     "any form and is the skill that was there before, on known families and on half, new, far.",

@@ -12,7 +12,17 @@ from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from reftune.report.drawing import BASE_COLOUR, COLOURS, FAINT, INK, caption, percent, save, sheet
+from reftune.report.drawing import (
+    BASE_COLOUR,
+    COLOURS,
+    FAINT,
+    INK,
+    caption,
+    percent,
+    save,
+    sheet,
+    stroke,
+)
 from reftune.report.model import BASELINES, Figure, Report, ResultRow
 
 if TYPE_CHECKING:
@@ -97,14 +107,14 @@ def curves(
     """
     canvas, (axes,) = sheet(6.0, 3.6)
     for index, (name, points) in enumerate(series.items()):
-        colour = COLOURS[index % len(COLOURS)]
+        look = stroke(index)
         steps, values = [p[0] for p in points], [p[1] for p in points]
         many = len(values) > 40
         if many:
-            axes.plot(steps, values, color=colour, alpha=0.22, linewidth=0.8)
+            axes.plot(steps, values, color=look["color"], alpha=0.22, linewidth=0.8)
         marker = "o" if len(values) < 15 else None
         line = smooth(values) if many else values
-        axes.plot(steps, line, color=colour, linewidth=1.8, label=name, marker=marker, markersize=3)
+        axes.plot(steps, line, **look, linewidth=1.8, label=name, marker=marker, markersize=3)
     axes.grid(color=FAINT, linewidth=0.7)
     if len(series) > 1:
         axes.legend(frameon=False, fontsize=9)
@@ -176,15 +186,15 @@ def over(path: str | PathLike[str], rows: Sequence[ResultRow], axis: str, title:
         step = 0.0 if is_wide else aside * (max(where) - min(where))
         factor = (max(where) / min(where)) ** aside if is_wide else 1.0
         places, values = [row.x[axis] * factor + step for row in points], [r.mean for r in points]
-        look = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.6, "markersize": 4}
+        look = {**stroke(index), "marker": "o", "linewidth": 1.6, "markersize": 4}
         ends = [(row.low, row.high) for row in points]
         if any(end is None for pair in ends for end in pair):
-            axes.plot(places, values, "o-", label=name, **look)
+            axes.plot(places, values, label=name, **look)
             continue
         below = [value - low for value, (low, _) in zip(values, ends)]
         above = [high - value for value, (_, high) in zip(values, ends)]
         whiskers = {"capsize": 2.5, "elinewidth": 0.9}
-        axes.errorbar(places, values, [below, above], fmt="o-", label=name, **look, **whiskers)
+        axes.errorbar(places, values, [below, above], label=name, **look, **whiskers)
     levels = [row for row in done if row.method in BASELINES and not row.x]
     for row, style in zip(levels, ("--", ":", "-.")):
         axes.axhline(row.mean, color=BASE_COLOUR, linestyle=style, label=_row_label(row))
@@ -266,7 +276,7 @@ def plot_metrics(
             steps, values = zip(*points)
             is_target = name.endswith("_target")
             look = {"color": INK, "linestyle": "--", "linewidth": 1.0}
-            plain = {"color": COLOURS[index % len(COLOURS)], "linewidth": 1.5}
+            plain = {**stroke(index), "linewidth": 1.5}
             label = name.replace("_", " ")
             axes.plot(steps, values, label=label, **(look if is_target else plain))
         axes.grid(color=FAINT, linewidth=0.7)

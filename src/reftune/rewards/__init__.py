@@ -25,6 +25,7 @@ _TARGETS = {
     "program": "reftune.rewards.program:NUMBER",
     "program_reference": "reftune.rewards.program:NUMBER_REFERENCE",
     "program_choice": "reftune.rewards.program:CHOICE",
+    "program_choice_reference": "reftune.rewards.program:CHOICE_REFERENCE",
     "boolean": "reftune.rewards.choice:BOOLEAN",
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -14,11 +15,17 @@ class Rule:
         name: Registry key.
         extract: Takes the generated text, gives the answer in it, or None.
         matches: Compares an extracted answer with the gold answer.
+        ahead: Takes texts that `extract` will be asked of next. None: there is nothing to gain from
+            doing several at once.
+        within: Returns the same rule within other limits of what it runs (`programs.Limits`). None:
+            it runs nothing.
     """
 
     name: str
     extract: Callable[[str], str | None]
     matches: Callable[[str, str], bool]
+    ahead: Callable[[Sequence[str]], None] | None = None
+    within: Callable[[Any], Rule] | None = None
 
     def reward(self, text: str, gold: str, partial: float = 0.0) -> float:
         """Return 1 for a right answer, `partial` for a wrong one, 0 for none at all.

@@ -21,6 +21,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import json
+import math
 import os
 import queue
 import select
@@ -66,10 +67,20 @@ class Limits:
     Attributes:
         seconds: Wall time.
         memory: Bytes, beside what the interpreter itself takes.
+
+    Raises:
+        RecipeError: If they let no program run.
     """
 
     seconds: float = 10.0
     memory: int = 512 * 2**20
+
+    def __post_init__(self) -> None:
+        if not (0 < self.seconds < math.inf and self.memory > 0):
+            raise RecipeError(
+                f"{self.seconds:g} seconds and {self.memory / 2**20:g} MiB let no program run.",
+                "Use more than 0, and an end.",
+            )
 
 
 @dataclass(frozen=True)
@@ -104,10 +115,8 @@ class Programs:
         self, limits: Limits | None = None, workers: int = 2, monty: bool | None = None
     ) -> None:
         self.limits = limits or Limits()
-        if not (self.limits.seconds > 0 and self.limits.memory > 0 and workers > 0):
-            raise RecipeError(
-                f"{self.limits} and {workers} workers let no program run.", "Use more than 0."
-            )
+        if workers < 1:
+            raise RecipeError(f"{workers} workers let no program run.", "Use at least 1.")
         self.workers = workers
         self._wants_monty = has_monty() if monty is None else monty
         self._monty: Any = None
@@ -223,11 +232,12 @@ class _Worker:
         self.kill()
         self.has_sympy = False
         self.process = subprocess.Popen(
-            [sys.executable, "-I", str(WORKER)],
+            [sys.executable, "-P", "-s", str(WORKER)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,
-            env={"LANG": "C.UTF-8"},  # no keys, no tokens
+            # No keys, no tokens; sets have one order, so that a program gives the same every time
+            env={"LANG": "C.UTF-8", "PYTHONHASHSEED": "0"},
             cwd="/",
             start_new_session=True,
         )
@@ -283,11 +293,20 @@ def has_monty() -> bool:
     return find_spec("pydantic_monty") is not None
 
 
-_SHARED: dict[int, Programs] = {}
+_SHARED: dict[tuple[int, Limits], Programs] = {}
 
 
-def shared() -> Programs:
+def processors() -> int:
+    """Return how many programs run at once: the processors this process may use, at most 8."""
+    known = getattr(os, "sched_getaffinity", None)
+    return max(1, min(8, len(known(0)) if known else os.cpu_count() or 1))
+
+
+def shared(limits: Limits | None = None) -> Programs:
     """Return the workers of this process, which rewards share; they end with it.
+
+    Args:
+        limits: What a program may use; each has workers of its own.
 
     Raises:
         RecipeError: If this system can start none.
@@ -296,8 +315,9 @@ def shared() -> Programs:
         raise RecipeError(
             "Programs need a system with fork (Linux, macOS).", "Use answers in words instead."
         )
-    own = _SHARED.get(os.getpid())
+    key = os.getpid(), limits or Limits()
+    own = _SHARED.get(key)
     if own is None:
-        own = _SHARED[os.getpid()] = Programs()
+        own = _SHARED[key] = Programs(key[1], processors())
         atexit.register(own.close)
     return own

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, ClassVar, Literal
 
@@ -159,6 +159,13 @@ class Task(ABC):
     def score(self, text: str, example: Example) -> dict[str, float]:
         """Return 1.0 or 0.0 (or a share) for each metric; the main one is `self.metric`."""
 
+    def look_ahead(self, texts: Sequence[str], examples: Sequence[Example]) -> None:  # noqa: B027
+        """Take the texts that `extract` and `score` are asked of next; see `ahead`.
+
+        For tasks that run what is in an answer, which is quicker for several at once. By default
+        nothing is done.
+        """
+
     def is_right(self, scores: Mapping[str, float]) -> bool:
         """Return whether what `score` gave says that an answer is right: the main metric is 1."""
         return scores.get(self.metric, 0.0) >= 1.0
@@ -177,6 +184,26 @@ class Task(ABC):
             predictions: Generated texts, or class indices (numbers for regression).
         """
         return {}
+
+
+AHEAD = 1024
+"""Texts that a task is told of at once."""
+
+
+def ahead(
+    task: Task, texts: Sequence[str], examples: Sequence[Example]
+) -> Iterator[tuple[str, Example]]:
+    """Yield texts with their examples, each after the task has looked ahead at it.
+
+    Args:
+        task: What will extract and score.
+        texts: Generated texts.
+        examples: The example of each.
+    """
+    for start in range(0, len(texts), AHEAD):
+        some, own = texts[start : start + AHEAD], examples[start : start + AHEAD]
+        task.look_ahead(some, own)
+        yield from zip(some, own, strict=True)
 
 
 def sample(

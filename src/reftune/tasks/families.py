@@ -2,20 +2,23 @@
 
 Two figures: `accuracy` is the last number in whatever format it stands; `format_accuracy` wants
 the answer in the style that was asked for. A base model that knows the sums but not the style has
-the first without the second. A program has no last number to speak of: there both are strict.
+the first without the second. A program has no last number to speak of: it is run, and what it
+returns counts; in the style asked for it has nothing but `a = 4 + 7` and the like.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from reftune.config.recipe import TaskSpec
 from reftune.errors import RecipeError, nearest
 from reftune.nano import sums
 from reftune.nano.sums_formats import strict_answer
-from reftune.rewards import numeric
-from reftune.tasks import world
+from reftune.rewards import numeric, program
+from reftune.tasks import programs, world
 from reftune.tasks.base import Example, Split
 from reftune.tasks.world import World
 
@@ -24,7 +27,7 @@ Group = Literal["known", "half", "new", "far"]
 
 
 @dataclass(frozen=True)
-class Options(world.Options):
+class Options(world.Options, programs.ProgramOptions):
     """Options of `families`."""
 
     style: Style = "prose_hash"
@@ -47,6 +50,11 @@ class Families(World):
     name = "families"
     max_new_tokens = 96
     Options: ClassVar[type] = Options
+
+    def __init__(self, spec: TaskSpec) -> None:
+        super().__init__(spec)
+        runs = self.options.style == "program"
+        self.rule = self.options.limited(program.NUMBER) if runs else numeric.LAST_NUMBER
 
     def rows_of(self, split: Split) -> list[Example]:
         """Return freshly drawn problems; the operands of the splits never meet."""
@@ -80,9 +88,12 @@ class Families(World):
 
     def extract(self, text: str, example: Example) -> str | None:
         """Return the last number in a text, or what a program returns."""
-        if self.options.style == "program":
-            return strict_answer(text, "program")
-        return numeric.extract(text)
+        return self.rule.extract(text)
+
+    def look_ahead(self, texts: Sequence[str], examples: Sequence[Example]) -> None:
+        """Run programs of several answers at once."""
+        if self.rule.ahead is not None:
+            self.rule.ahead(texts)
 
     def score(self, text: str, example: Example) -> dict[str, float]:
         """Return accuracy in any format, and in the format asked for."""

@@ -1,162 +1,25 @@
-"""Word problems: GSM8K, SVAMP, the LLM-Adapters sets, MathQA, ASDiv, GSM-Hard, Math-10K.
-
-Templates (`options.template`), `\\n` literal:
-
-| template | prompt | target | extraction |
-|---|---|---|---|
-| `steps` | question + `\\nAnswer the above question. First think ...` | solution, `The final answer is:  N` | last number, 1e-3 |
-| `alpaca` | Alpaca form without input | model-written solution | last number, or letter |
-| `reinforced` | `Question:\\n...\\nAnswer reasoning:\\n` | solution, `Therefore, the answer is: N` | all after the trigger, 0.01 |
-| `native` | `Question: ... Answer:` | ` solution The answer is N.` | last number, or letter |
-
-Options a to e keep their small letters in `reinforced` alone, where they are published so.
-
-Not here yet: program answers.
-"""  # noqa: E501
+"""Sets of word problems: GSM8K, SVAMP, LLM-Adapters' sets, MathQA, ASDiv, GSM-Hard, Math-10K."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from reftune.errors import DataError
-from reftune.rewards import Rule, choice, numeric
-from reftune.tasks import benchmark, templates
 from reftune.tasks.base import Example, Split
-from reftune.tasks.benchmark import Benchmark
-from reftune.tasks.files import Row
-from reftune.tasks.problems import Problem, capital_options, number, to_problem, without_marks
-from reftune.tasks.sources import Hub, Rows, Source
-
-Template = Literal["steps", "alpaca", "reinforced", "native"]
-Compat = Literal["default", "reference"]
-
-MATH_10K: tuple[str, ...] = ("math_10k", "math_10k_train", "math_1k", "pyreft_math_1k_train")
-"""Files of the Math-10K training mix, or slices of it."""
-_SUPPLY = "LLM-Adapters publishes math_10k.json; a slice of it serves too."
-_NEW_TOKENS = {"steps": 256, "alpaca": 512, "reinforced": 400, "native": 128}
-
-
-@dataclass(frozen=True)
-class Options(benchmark.Options):
-    """Options of word-problem tasks."""
-
-    template: Template | None = None
-    """Prompt form; default is the one the set is published with."""
-    train_on: Literal["own", "math10k"] = "own"
-    """Training rows: the set's own, or the Math-10K mix (published practice for LLM-Adapters)."""
-    calculator: Literal["keep", "drop"] = "keep"
-    """Whether GSM8K solutions keep their `<<48/2=24>>` marks (published practice)."""
-    compat: Compat = "default"
-    """`reference` brings back quirks of the published code: the first capital A-E anywhere, text
-    with its stray spaces, a missing trigger read as the whole text."""
-
-
-class WordProblems(Benchmark):
-    """A set of word problems with a number or a letter as answer."""
-
-    Options: ClassVar[type] = Options
-    template: ClassVar[Template] = "steps"
-    preferred: ClassVar[dict[tuple[Split, Template], tuple[str, ...]]] = {}
-    """Files to look for first in a form: those that are published in it."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None:
-        super().__init__(*args, **kwargs)
-        self.form: Template = self.options.template or type(self).template
-        self.max_new_tokens = _NEW_TOKENS[self.form]
-
-    def source(self, split: Split) -> Source | None:
-        """Return the set's own source, or Math-10K for training where asked."""
-        if self.options.train_on == "math10k":
-            if split == "train":
-                return Source(MATH_10K, None, _SUPPLY)
-            if split == "validation":
-                return None
-        found = super().source(split)
-        first = self.preferred.get((split, self.form), ())
-        return replace(found, files=(*first, *found.files)) if first else found
-
-    def example(self, row: Row, index: int, rows: Rows, split: Split) -> Example:
-        """Return a row as prompt, target and short answer."""
-        problem = to_problem(row, rows.origin)
-        # Solutions beside test questions are written by models and partly wrong: never shown.
-        solution = "" if split == "test" else problem.solution
-        if self.options.calculator == "drop":
-            solution = without_marks(solution)
-        if self.options.compat == "default":
-            solution = solution.strip()
-            problem = replace(problem, question=problem.question.strip())
-        problem = replace(problem, solution=solution)
-        if self.form != "reinforced":
-            problem = capital_options(problem)
-        as_is = split != "test" and "instruction" in row and bool(solution)
-        return Example(
-            id=problem.id or f"{self.name}-{split}-{index}",
-            prompt=self.prompt(problem),
-            target=self.target(problem, as_is),
-            answer=problem.answer,
-            question=problem.question.strip(),
-            meta={"set": self.name},
-        )
-
-    @property
-    def prompt_form(self) -> str | None:
-        """Prompt around a question."""
-        return self._prompt("{prompt}")
-
-    def prompt(self, problem: Problem) -> str:
-        """Return the prompt of a problem in the chosen form."""
-        return self._prompt(problem.question)
-
-    def _prompt(self, question: str) -> str:
-        if self.form == "alpaca":
-            return templates.alpaca(question)
-        others = {"reinforced": templates.REASONING, "native": templates.NATIVE}
-        return templates.fill(others.get(self.form, templates.STEPS), question=question)
-
-    def target(self, problem: Problem, as_is: bool) -> str:
-        """Return the target of a problem; `as_is`: the solution already ends in the answer."""
-        lead = f"{problem.solution}\n" if problem.solution else ""
-        if self.form == "reinforced":
-            return f"{lead}{numeric.TRIGGER}{problem.answer}"
-        written = problem.written or number(problem.answer)
-        if self.form == "steps":
-            # Two spaces: the published code replaces "####" in "#### N" and keeps the space.
-            return f"{lead}{templates.STEPS_ANSWER} {written}"
-        if self.form == "native":
-            text = f"{' '.join(without_marks(problem.solution).split())} ".lstrip()
-            return f" {text}" if as_is else f" {text}The answer is {written}."
-        return problem.solution if as_is else f"{lead}The answer is {written}."
-
-    def rule(self, example: Example) -> Rule:
-        """Return how the answer of an example is found and compared."""
-        as_reference = self.options.compat == "reference"
-        if self.form == "reinforced":
-            if example.answer.isalpha():
-                plain, quirk = choice.AFTER_TRIGGER, choice.AFTER_TRIGGER_REFERENCE
-            else:
-                plain, quirk = numeric.WHOLE_NUMBER, numeric.WHOLE_NUMBER_REFERENCE
-        elif example.answer.isalpha():
-            plain, quirk = choice.LETTER, choice.LETTER_REFERENCE
-        else:
-            plain = quirk = numeric.LAST_NUMBER
-        return quirk if as_reference else plain
-
-    def extract(self, text: str, example: Example) -> str | None:
-        """Return the number or letter in a generated text, or None."""
-        return self.rule(example).extract(text)
-
-    def score(self, text: str, example: Example) -> dict[str, float]:
-        """Return the accuracy of one generated text."""
-        return {"accuracy": self.rule(example).reward(text, example.answer)}
+from reftune.tasks.sources import Hub, Source
+from reftune.tasks.word_problems import MATH_10K, SUPPLY, Options, WordProblems
 
 
 class Gsm8k(WordProblems):
     """GSM8K; validation = last 300 training rows."""
 
     name = "gsm8k"
-    preferred: ClassVar[dict] = {("train", "reinforced"): ("mwp_reft_gsm8k_nl", "gsm8k_nl")}
+    preferred: ClassVar[dict] = {
+        ("train", "reinforced"): ("mwp_reft_gsm8k_nl", "gsm8k_nl"),
+        ("train", "program"): ("mwp_reft_gsm8k_python_sdp", "gsm8k_python_sdp"),
+    }
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(("gsm8k_train", "gsm8k/train"), Hub("openai/gsm8k", "main", "train")),
         "test": Source(
@@ -170,6 +33,7 @@ class GsmHard(WordProblems):
     """GSM-Hard: GSM8K test questions with large numbers; trains on GSM8K."""
 
     name = "gsm_hard"
+    preferred = Gsm8k.preferred
     sources: ClassVar[dict[str, Source]] = {
         "train": Gsm8k.sources["train"],
         "test": Source(
@@ -184,7 +48,10 @@ class Svamp(WordProblems):
 
     name = "svamp"
     # Reinforced fine-tuning's file is in lower case with split punctuation.
-    preferred: ClassVar[dict] = {("test", "alpaca"): ("llm_adapters_svamp_test", "SVAMP/test")}
+    preferred: ClassVar[dict] = {
+        ("test", "alpaca"): ("llm_adapters_svamp_test", "SVAMP/test"),
+        ("train", "program"): ("mwp_reft_svamp_python_sdp", "svamp_python_sdp"),
+    }
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(
             ("mwp_reft_svamp_nl", "svamp_nl", "svamp_train", "svamp_mawps_asdiv_train"),
@@ -230,7 +97,7 @@ def _adapters_sources(
 ) -> dict[str, Source]:
     """Return the sources of a set that has a test file only and trains on Math-10K."""
     return {
-        "train": Source((*train, *MATH_10K), None, _SUPPLY),
+        "train": Source((*train, *MATH_10K), None, SUPPLY),
         "test": Source((f"llm_adapters_{name}_test", f"{folder}/test", f"{name}_test"), hub),
     }
 
@@ -267,7 +134,7 @@ class Aqua(WordProblems):
     name = "aqua"
     template = "alpaca"
     sources: ClassVar[dict[str, Source]] = {
-        "train": Source(("aqua_train", *MATH_10K), Hub("deepmind/aqua_rat", "raw"), _SUPPLY),
+        "train": Source(("aqua_train", *MATH_10K), Hub("deepmind/aqua_rat", "raw"), SUPPLY),
         "test": Source(
             ("llm_adapters_aqua_test", "AQuA/test", "aqua_test"),
             Hub("deepmind/aqua_rat", "raw", "test"),
@@ -276,18 +143,20 @@ class Aqua(WordProblems):
 
 
 class MathQa(WordProblems):
-    """MathQA with options: LLM-Adapters' test (2,985, A-E) or, `reinforced`, 1,605 with a-e."""
+    """MathQA with options: LLM-Adapters' test (2,985, A-E); reinforced and program 1,605, a-e."""
 
     name = "mathqa"
     template = "alpaca"
     preferred: ClassVar[dict] = {
-        ("test", "reinforced"): ("mwp_reft_mathqa_test_set", "mathqa_test_set")
+        ("test", "reinforced"): ("mwp_reft_mathqa_test_set", "mathqa_test_set"),
+        ("test", "program"): ("mwp_reft_mathqa_test_set", "mathqa_test_set"),
+        ("train", "program"): ("mwp_reft_mathqa_python_sdp", "mathqa_python_sdp"),
     }
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(
             ("mwp_reft_mathqa_nl", "mathqa_nl", "mathqa_train", *MATH_10K),
             Hub("swiss-ai/math_qa"),
-            _SUPPLY,
+            SUPPLY,
         ),
         "test": Source(
             ("llm_adapters_mathqa_test", "mathqa/test", "mwp_reft_mathqa_test_set", "mathqa_test"),
@@ -300,11 +169,14 @@ class MathQaNumeric(WordProblems):
     """MathQA without options, numbers as answers (1,605)."""
 
     name = "mathqa_numeric"
+    preferred: ClassVar[dict] = {
+        ("train", "program"): ("mwp_reft_mathqa-numeric_python_sdp", "mathqa-numeric_python_sdp")
+    }
     sources: ClassVar[dict[str, Source]] = {
         "train": Source(
             ("mwp_reft_mathqa-numeric_nl", "mathqa-numeric_nl", "mathqa_numeric_train", *MATH_10K),
             None,
-            _SUPPLY,
+            SUPPLY,
         ),
         "test": Source(
             (
@@ -321,7 +193,7 @@ class AsDiv(WordProblems):
 
     name = "asdiv"
     sources: ClassVar[dict[str, Source]] = {
-        "train": Source(("asdiv_train", *MATH_10K), None, _SUPPLY),
+        "train": Source(("asdiv_train", *MATH_10K), None, SUPPLY),
         "test": Source(
             ("asdiv_test", "asdiv", "ASDiv"), Hub("EleutherAI/asdiv", None, "validation")
         ),
@@ -342,7 +214,7 @@ class Math10k(WordProblems):
     name = "math10k"
     template = "alpaca"
     Options: ClassVar[type] = MixOptions
-    sources: ClassVar[dict[str, Source]] = {"train": Source(MATH_10K, None, _SUPPLY)}
+    sources: ClassVar[dict[str, Source]] = {"train": Source(MATH_10K, None, SUPPLY)}
 
     def rows_of(self, split: Split) -> Sequence[Example]:
         """Return the mix, or the test rows of all sets one after the other."""

@@ -22,7 +22,7 @@ from reftune.config.recipe import TaskSpec
 from reftune.errors import DataError, RecipeError
 from reftune.rewards import Rule
 from reftune.rewards.base import after
-from reftune.tasks import base, guard, scored, templates
+from reftune.tasks import base, guard, programs, scored, templates
 from reftune.tasks.base import Example, Kind, Split
 from reftune.tasks.chats import chat_messages
 from reftune.tasks.files import Row, from_json, place, read_rows, require, suffix_of, text, value
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class Options(scored.Options):
+class Options(scored.Options, programs.ProgramOptions):
     """Options of your own data."""
 
     holdout: int = 300
@@ -87,7 +87,7 @@ class Own(ScoredElsewhere):
                 "task.scored is for generated answers, and task.label makes a classification.",
                 "Leave one of them out.",
             )
-        self.rule: Rule = rewards.get(spec.reward)
+        self.rule: Rule = self.options.limited(rewards.get(spec.reward))
         self._labels = self.options.labels
 
     @classmethod
@@ -304,10 +304,17 @@ class Own(ScoredElsewhere):
         """Return the answer in a generated text by the rule of `task.reward`."""
         if self.kind == "classification":
             return self._class_name(text)
-        if self.options.trigger:
-            found = after(text, self.options.trigger)
-            return None if found is None else self.rule.extract(found)
-        return self.rule.extract(text)
+        found = self._counted(text)
+        return None if found is None else self.rule.extract(found)
+
+    def look_ahead_own(self, texts: Sequence[str]) -> None:
+        """Tell the rule of `task.reward` of texts that it will be asked of."""
+        if self.rule.ahead is not None and self.kind != "classification":
+            self.rule.ahead([found for text in texts if (found := self._counted(text))])
+
+    def _counted(self, text: str) -> str | None:
+        """Return the part of a text that counts."""
+        return after(text, self.options.trigger) if self.options.trigger else text
 
     def _class_name(self, text: str) -> str:
         text = text.strip()

@@ -104,6 +104,17 @@ class ScoredElsewhere(Task):
             return {}
         return self.scored.aggregate(scores, examples, predictions)
 
+    def look_ahead(self, texts: Sequence[str], examples: Sequence[Example]) -> None:
+        """Tell the scored task of texts that answer its rows, this one of the others."""
+        pairs = list(zip(texts, examples, strict=True))
+        theirs = [pair for pair in pairs if self.is_scored_elsewhere(pair[1])]
+        if self.scored is not None and theirs:
+            self.scored.look_ahead(*map(list, zip(*theirs, strict=True)))
+        self.look_ahead_own([text for text, e in pairs if not self.is_scored_elsewhere(e)])
+
+    def look_ahead_own(self, texts: Sequence[str]) -> None:
+        """Take texts that answer rows of the files, before each is extracted."""
+
     @abstractmethod
     def extract_own(self, text: str) -> str | None:
         """Return the answer in a text that answers a row of the files, or None."""

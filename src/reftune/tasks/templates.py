@@ -28,6 +28,8 @@ STEPS_ANSWER = "The final answer is: "
 """What replaces `####` in its targets."""
 REASONING = "Question:\n{question}\nAnswer reasoning:\n"
 """Form of reinforced fine-tuning."""
+PROGRAM = f'{REASONING}def solution():\n    """{{question}}"""\n'
+"""The same where the answer is a program whose head is given."""
 NATIVE = "Question: {question} Answer:"
 """Form in which nano knows questions."""
 

@@ -42,7 +42,7 @@ from reftune.training.collate import Collator, Order
 from reftune.training.online_files import Files
 from reftune.training.processes import leave_at_exit, rank, together, world_size
 from reftune.training.rollouts import Rollout, Sampler, collate, prepared
-from reftune.training.snapshot import Snapshot, trained
+from reftune.training.snapshot import Second, Snapshot, trained
 from reftune.training.stacked import split_rates
 from reftune.training.trainer import is_undecayed
 from reftune.training.world import world_of
@@ -169,6 +169,10 @@ class OnlineTrainer:
         self.trained = trained(model)
         heads = {} if objective.head is None else dict(objective.head.named_parameters())
         self.parameters = {**self.trained, **{f"head.{name}": p for name, p in heads.items()}}
+        second = Second(model) if objective.wants_second else None
+        if second is not None:
+            objective.second = second.swapped
+            self.parameters |= {f"second.{name}": p for name, p in second.parameters.items()}
         low = {p.dtype for p in self.trained.values()} - {torch.float32, torch.float64}
         if low:
             log.warning(
@@ -215,7 +219,8 @@ class OnlineTrainer:
             fused=torch.cuda.is_available(),
         )
         if spec.below_lr is not None:
-            below = {id(p) for p in parameters_below(self.model).values()}
+            places = parameters_below(self.model)
+            below = {id(named[n]) for m in places for n in (m, f"second.{m}") if n in named}
             split_rates(optimizer, below, spec.below_lr)
         return optimizer
 

@@ -17,6 +17,7 @@ import torch
 
 from reftune.errors import RecipeError
 from reftune.objectives.online import Actions
+from reftune.tasks.base import ahead
 from reftune.training.collate import Collator, prepare
 from reftune.training.encode import IGNORE, Encoded
 
@@ -160,17 +161,26 @@ class Sampler:
             for batch, tokens in writing:
                 for job, ids in zip(batch, tokens.tolist(), strict=True):
                     answers[job.row, job.sample] = ids
-        return [self._rollout(job.row, answers[job.row, job.sample]) for job in jobs]
+        written = [self._written(answers[job.row, job.sample]) for job in jobs]
+        asked = [self.examples[job.row] for job in jobs]
+        texts = ahead(self.task, [text for text, *_ in written], asked)
+        return [
+            self._rollout(job.row, text, *told)
+            for job, (text, _), (_, *told) in zip(jobs, texts, written, strict=True)
+        ]
 
-    def _rollout(self, question: int, tokens: list[int]) -> Rollout:
-        """Cut an answer behind its end token and score it."""
+    def _written(self, tokens: list[int]) -> tuple[str, list[int], bool]:
+        """Return an answer as text, its actions, and whether it ended by itself."""
         from reftune.inference.decoding import cut_ids, cut_text, decode, stop_ids
 
-        prompt, example = self.prompts[question], self.examples[question]
         written = cut_ids(tokens, stop_ids(self.model, self.tokenizer))
         ended = len(written) < len(tokens)
-        actions = tokens[: len(written) + ended]
         text = cut_text(decode(self.tokenizer, written), tuple(getattr(self.task, "stop", ())))
+        return text, tokens[: len(written) + ended], ended
+
+    def _rollout(self, question: int, text: str, actions: list[int], ended: bool) -> Rollout:
+        """Put an answer behind its prompt and score it."""
+        prompt, example = self.prompts[question], self.examples[question]
         mask = prompt.mask
         row = Encoded(
             input_ids=[*prompt.ids, *actions],
