@@ -11,7 +11,7 @@ import pytest
 from tiny import tiny_tokenizer
 
 from reftune.cli.models import load_any, shape
-from reftune.model.checkpoint import trained_head
+from reftune.model.artefact import trained_head
 
 NONE = ("--set", "evaluation.split=none", "--set", "max_steps=1")
 

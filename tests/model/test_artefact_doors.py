@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 
 from reftune import LoreftConfig, RedConfig, ReftConfig, attach, get_peft_model, set_strength, use
 from reftune.errors import AdapterError
-from reftune.model.checkpoint import describe, load_adapter, save_adapter
+from reftune.model.artefact import describe
+from reftune.model.checkpoint import load_adapter, save_adapter
 
 pytestmark = pytest.mark.quick
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

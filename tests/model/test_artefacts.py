@@ -16,8 +16,9 @@ from tiny import tiny_folder, tiny_tokenizer
 from reftune import LoreftConfig, ReftConfig, get_peft_model
 from reftune.errors import AdapterError, ReftuneError
 from reftune.model.adapters import adapter_names
+from reftune.model.artefact import adapter_bytes, describe
 from reftune.model.build import apply_adapter, load_base, trainable_summary
-from reftune.model.checkpoint import adapter_bytes, describe, load_adapter, save_adapter
+from reftune.model.checkpoint import load_adapter, save_adapter
 
 pytestmark = pytest.mark.quick
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"

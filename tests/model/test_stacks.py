@@ -36,7 +36,8 @@ def stack(reft=None):
 
 @torch.no_grad()
 def test_a_stack_saves_and_loads(tmp_path):
-    from reftune.model.checkpoint import describe, load_adapter, save_adapter
+    from reftune.model.artefact import describe
+    from reftune.model.checkpoint import load_adapter, save_adapter
 
     _, model = stack()
     ids, mask = batch()
@@ -140,7 +141,8 @@ def two_refts():
 
 @torch.no_grad()
 def test_a_stack_of_two_adapters_of_one_kind_keeps_both(tmp_path):
-    from reftune.model.checkpoint import describe, load_adapter, save_adapter
+    from reftune.model.artefact import describe
+    from reftune.model.checkpoint import load_adapter, save_adapter
 
     model, alone = two_refts()
     wanted = forward(model, *batch())
@@ -158,8 +160,9 @@ def test_a_stack_of_two_adapters_of_one_kind_keeps_both(tmp_path):
 @torch.no_grad()
 def test_a_stack_of_two_loras_keeps_both(tmp_path):
     from reftune.config.recipe import AdapterSpec
+    from reftune.model.artefact import describe
     from reftune.model.build import apply_adapter
-    from reftune.model.checkpoint import describe, load_adapter, save_adapter
+    from reftune.model.checkpoint import load_adapter, save_adapter
 
     model = build("llama")
     for name, targets in (("first", ["q_proj"]), ("second", ["q_proj", "v_proj"])):

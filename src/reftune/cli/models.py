@@ -50,8 +50,9 @@ def load_any(
         RecipeError: If there is no such head.
     """
     from reftune.config.recipe import ModelSpec
+    from reftune.model.artefact import describe, resolve_folder, trained_head
     from reftune.model.build import load_base, locate
-    from reftune.model.checkpoint import describe, load_adapter, resolve_folder, trained_head
+    from reftune.model.checkpoint import load_adapter
 
     check_head(head)
     if not is_adapter(what):
@@ -132,8 +133,8 @@ def check_there(what: str) -> None:
         ModelError, AdapterError: If it is not there, or is something else.
     """
     from reftune.config.recipe import ModelSpec
+    from reftune.model.artefact import describe
     from reftune.model.build import locate
-    from reftune.model.checkpoint import describe
 
     if is_adapter(what):
         describe(what)
@@ -143,7 +144,7 @@ def check_there(what: str) -> None:
 
 def has_adapter(what: str) -> bool:
     """Return whether a name is something with an adapter that can be switched off."""
-    from reftune.model.checkpoint import describe
+    from reftune.model.artefact import describe
 
     return is_adapter(what) and describe(what)["kind"] != "model"
 
@@ -268,7 +269,7 @@ def load_more(model: Any, name: str, path: str) -> None:
     Raises:
         AdapterError: If it is no adapter of the kind that is there, or does not fit the model.
     """
-    from reftune.model.checkpoint import describe, resolve_folder
+    from reftune.model.artefact import describe, resolve_folder
     from reftune.model.levels import kind_of
     from reftune.model.places import said
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,7 +16,20 @@ from typing import Any
 from torch import nn
 
 from reftune.errors import AdapterError, ModelError, ReftuneError
-from reftune.model.hub import download, push
+from reftune.model.artefact import (
+    CARD,
+    CONFIG,
+    SIDECAR,
+    STACK,
+    WEIGHTS,
+    needs,
+    num_labels_in,
+    opened,
+    read_settings,
+    read_stack,
+    resolve_folder,
+    whole_head,
+)
 from reftune.model.levels import (
     Part,
     active_of,
@@ -29,7 +41,6 @@ from reftune.model.levels import (
 )
 from reftune.model.places import said
 from reftune.model.record import (
-    HEADS,
     base_record,
     check_below,
     check_tensors,
@@ -38,26 +49,6 @@ from reftune.model.record import (
 )
 from reftune.model.sites import base_of
 from reftune.report.files import write_text_atomic
-
-STACK = "stack.json"
-CONFIG = "adapter_config.json"
-WEIGHTS = "adapter_model.safetensors"
-CARD = "README.md"
-KINDS = {"CAUSAL_LM": "causal", **HEADS}
-"""PEFT's task types, and the heads they are trained with."""
-SIDECAR = "reftune.json"
-"""Beside adapters of other kinds: what our own config says of base model and adapter below."""
-
-__all__ = [
-    "adapter_bytes",
-    "describe",
-    "load_adapter",
-    "push",
-    "resolve_folder",
-    "save_adapter",
-    "trained_head",
-    "write_card",
-]
 
 
 def save_adapter(
@@ -218,8 +209,8 @@ def load_adapter(
     refuse_foreign(folder)
     how = {"device": device, "trust_remote_code": trust_remote_code}
     if (folder / STACK).is_file():
-        base, layers = _read_stack(folder)
-        check_below(_needs(layers[0][0]).get("stacked_on"), model, folder=layers[0][0])
+        base, layers = read_stack(folder)
+        check_below(needs(layers[0][0]).get("stacked_on"), model, folder=layers[0][0])
         model, tokenizer = _base_for(base, model, tokenizer, layers[0][0], how)
         for part, name in layers:
             model = _load_level(part, model, trainable, name)
@@ -231,8 +222,8 @@ def load_adapter(
             f'"{path}" is not an adapter: there is no {CONFIG}, {STACK} or config.json in it.',
             "Give a folder written by reftune or PEFT, or a run folder.",
         )
-    config = _read_json(folder / CONFIG)
-    check_below(_needs(folder).get("stacked_on"), model, folder=folder)
+    config = read_settings(folder / CONFIG)
+    check_below(needs(folder).get("stacked_on"), model, folder=folder)
     base = config.get("base_model_name_or_path")
     model, tokenizer = _base_for(base, model, tokenizer, folder, how)
     name = _free_name(config, model)
@@ -259,118 +250,9 @@ def _load_whole(folder: Path, how: dict[str, Any]) -> tuple[nn.Module, Any]:
     from reftune.config.recipe import ModelSpec
     from reftune.model.build import load_base
 
-    head, trust = _whole_head(folder) or "causal", how["trust_remote_code"]
+    head, trust = whole_head(folder) or "causal", how["trust_remote_code"]
     spec = ModelSpec(str(folder.resolve()), head=head, trust_remote_code=trust)
     return load_base(spec, device=how["device"])
-
-
-def _whole_head(folder: Path) -> str | None:
-    """Return the head that a whole model was saved with; None if its config names no class."""
-    classes = _read_json(folder / "config.json").get("architectures") or [""]
-    ends = {
-        "ForSequenceClassification": "classification",
-        "ForConditionalGeneration": "seq2seq",
-        "": "causal" if classes[0] else None,
-    }
-    return next(head for end, head in ends.items() if str(classes[0]).endswith(end))
-
-
-def trained_head(path: str | Path) -> str | None:
-    """Return the head an artefact was trained with: causal, classification, seq2seq.
-
-    Args:
-        path: An adapter, a stack, a whole model, or a run folder.
-
-    Returns:
-        The head, or None where the artefact does not say.
-    """
-    folder = resolve_folder(path)
-    if (folder / STACK).is_file():
-        folder = _read_stack(folder)[1][-1][0]
-    if not (folder / CONFIG).is_file():
-        return _whole_head(folder) if (folder / "config.json").is_file() else None
-    task = _read_json(folder / CONFIG).get("task_type")
-    if task in KINDS:
-        return KINDS[task]
-    record = _needs(folder).get("base_model") if task is None else None
-    head = record.get("head") if isinstance(record, dict) else None
-    return head if head in KINDS.values() else None
-
-
-def resolve_folder(path: str | Path) -> Path:
-    """Return the artefact's folder: itself, the one inside a run folder, or a hub download."""
-    folder = Path(path).expanduser()
-    found = _artefact_in(folder)
-    if found is not None:
-        return found
-    if folder.exists():
-        return folder
-    if str(path).startswith((".", "/", "~")) or not _is_hub_path(str(path)):
-        raise AdapterError(
-            f'There is no adapter folder "{path}".',
-            "Check the path; hub names are owner/name or owner/name@revision.",
-        )
-    folder = download(str(path))
-    return _artefact_in(folder) or folder
-
-
-def _artefact_in(folder: Path) -> Path | None:
-    for inner in ("", "stack", "adapter", "model"):
-        if any((folder / inner / name).is_file() for name in (CONFIG, STACK, "config.json")):
-            return folder / inner
-    return None
-
-
-def _is_hub_path(path: str) -> bool:
-    name = path.partition("@")[0]
-    return name.count("/") == 1 and not Path(name).parent.exists()
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise AdapterError(
-            f"{path.name} in {path.parent} cannot be read: {error}.", "Save it again."
-        ) from error
-    if not isinstance(values, dict):
-        raise AdapterError(f"{path.name} in {path.parent} holds no settings.", "Save it again.")
-    return values
-
-
-def _read_stack(folder: Path) -> tuple[str | None, list[tuple[Path, str]]]:
-    """Return the base model's name, and folder and adapter name of a stack's parts from below."""
-    base, entries = _read_order(folder)
-    found = [(str(e.get("folder", "")), str(e.get("name", "default"))) for e in entries]
-    for place, _ in found:
-        if not re.fullmatch(r"[\w-]+", place) or not (folder / place / CONFIG).is_file():
-            raise AdapterError(f"The stack {folder} lacks {place}/.", "Save the stack again.")
-    return base, [(folder / place, name) for place, name in found]
-
-
-def _read_order(folder: Path) -> tuple[str | None, list[dict[str, Any]]]:
-    """Return the base model's name, and what a stack notes of its parts, from below."""
-    values = _read_json(folder / STACK)
-    order = values.get("order")
-    if not isinstance(order, list) or not order:
-        raise AdapterError(f"{STACK} in {folder} names no adapters.", "Save the stack again.")
-    # Stacks written before a kind could stand in one twice list the folders alone.
-    noted = [entry if isinstance(entry, dict) else {"folder": entry} for entry in order]
-    return values.get("base"), noted
-
-
-def stack_kinds(path: str | Path) -> dict[str, str]:
-    """Return names and kinds of the adapters of a stack, as far as it notes them.
-
-    Args:
-        path: An artefact, or the folder of a run; what is no stack holds none.
-
-    Raises:
-        AdapterError: If its `stack.json` cannot be read.
-    """
-    folder = resolve_folder(path)
-    noted = _read_order(folder)[1] if (folder / STACK).is_file() else []
-    return {str(e["name"]): str(e["kind"]) for e in noted if {"name", "kind"} <= e.keys()}
 
 
 def _base_for(
@@ -383,39 +265,14 @@ def _base_for(
         raise AdapterError(f'"{folder}" does not say which base model it needs.', "Pass model=.")
     from reftune.model.build import load_base
 
-    config, beside = _read_json(folder / CONFIG), _needs(folder)
+    config, beside = read_settings(folder / CONFIG), needs(folder)
     spec = spec_from(name, beside.get("base_model"), config, how["trust_remote_code"])
-    num_labels = _num_labels(folder) if spec.head == "classification" else None
+    num_labels = num_labels_in(folder) if spec.head == "classification" else None
     try:
         return load_base(spec, num_labels, device=how["device"])
     except ModelError as error:
         raise AdapterError(
             f'The base model of "{folder}" is not available: {error.what}', "Pass model=."
-        ) from error
-
-
-def _needs(folder: Path) -> dict[str, Any]:
-    """Return what an adapter says it needs: `base_model`, and `stacked_on` or nothing."""
-    return _read_json(folder / (SIDECAR if (folder / SIDECAR).is_file() else CONFIG))
-
-
-def _num_labels(folder: Path) -> int | None:
-    """Return the classes of the classification head saved beside an adapter, if there is one."""
-    with _opened(folder) as file:
-        for key in file.keys():  # noqa: SIM118  (safetensors files are no mappings)
-            if re.search(r"\.(score|classifier|classifier\.out_proj)\.weight$", key):
-                return file.get_slice(key).get_shape()[0]
-    return None
-
-
-def _opened(folder: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(folder / WEIGHTS, framework="pt")
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"The weights in {folder} cannot be read: {error}.", "Save the adapter again."
         ) from error
 
 
@@ -427,18 +284,18 @@ def _load_level(
     from reftune.model.adapters import adapter_names, discard
     from reftune.model.face import MEMBER  # importing it registers the PEFT type
 
-    config = _read_json(folder / CONFIG)
+    config = read_settings(folder / CONFIG)
     known = _known_peft_types()
     if config.get("peft_type") not in known:
         raise AdapterError(
             f'{folder} holds a "{config.get("peft_type")}" adapter, which this PEFT does not know.',
             f"Known: {', '.join(known)}.",
         )
-    with _opened(folder) as file:
+    with opened(folder) as file:
         saved = set(file.keys())
     before = adapter_names(model)
     if config["peft_type"] != MEMBER:  # ours warns by itself, also when PEFT loads it
-        noted = _needs(folder).get("base_model")
+        noted = needs(folder).get("base_model")
         warn_other_base(config.get("base_model_name_or_path"), noted, model)
     try:
         loaded = PeftModel.from_pretrained(
@@ -468,30 +325,3 @@ def _check_complete(model: nn.Module, saved: set[str], folder: Path) -> None:
     name = active_of(model)
     level = Part(model, name, kind_of(model), model.peft_config[name], is_level=True)
     check_tensors(saved, set(level.tensors()), folder)
-
-
-def adapter_bytes(path: str | Path) -> int:
-    """Return the size of an artefact's weights in bytes."""
-    return sum(file.stat().st_size for file in resolve_folder(path).rglob("*.safetensors"))
-
-
-def describe(path: str | Path) -> dict[str, Any]:
-    """Return what an artefact is, without loading it."""
-    folder = resolve_folder(path)
-    refuse_foreign(folder)
-    if (folder / STACK).is_file():
-        base, found = _read_stack(folder)
-        order = [place.name for place, _ in found]
-        return {"kind": "stack", "order": order, "base": base, "bytes": adapter_bytes(folder)}
-    if (folder / CONFIG).is_file():
-        config = _read_json(folder / CONFIG)
-        keys = ("method", "layers", "positions", "site", "tied", "intervention", "r")
-        picked = {key: config[key] for key in keys if key in config}
-        base = config.get("base_model_name_or_path")
-        return {
-            "kind": config.get("peft_type", "?").lower(),
-            "base": base,
-            **picked,
-            "bytes": adapter_bytes(folder),
-        }
-    return {"kind": "model", "base": str(path), "bytes": adapter_bytes(folder)}

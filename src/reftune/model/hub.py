@@ -108,7 +108,8 @@ def push(
     model, tokenizer = reftune.load("owner/name@main")
     ```
     """
-    from reftune.model.checkpoint import resolve_folder, save_adapter
+    from reftune.model.artefact import resolve_folder
+    from reftune.model.checkpoint import save_adapter
     from reftune.model.levels import PLACE
 
     with tempfile.TemporaryDirectory() as temporary:

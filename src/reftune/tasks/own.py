@@ -14,7 +14,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from reftune import rewards
@@ -25,9 +24,9 @@ from reftune.rewards.base import after
 from reftune.tasks import base, guard, programs, scored, templates
 from reftune.tasks.base import Example, Kind, Split
 from reftune.tasks.chats import chat_messages
-from reftune.tasks.files import Row, from_json, place, read_rows, require, suffix_of, text, value
+from reftune.tasks.files import Row, from_json, place, require, text, value
 from reftune.tasks.scored import ScoredElsewhere
-from reftune.tasks.sources import Hub, Rows, load_hub
+from reftune.tasks.sources import Rows, names_in, read_named, required
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +134,7 @@ class Own(ScoredElsewhere):
     def labels(self) -> tuple[str, ...]:
         """Names of the classes."""
         if not self._labels and self.kind == "classification":
-            rows = _read(_given(self.spec.train, "train"), "train")
+            rows = read_named(required(self.spec.train, "train"), "train")
             found = {text(row, self.options.label, rows.origin) for row in rows.rows}
             self._labels = tuple(sorted(found))
         return self._labels
@@ -148,10 +147,10 @@ class Own(ScoredElsewhere):
             return self._examples(self.spec.validation, split)
         if split == "validation" and self.scored is not None:
             return self.scored_rows(split)
-        train = _given(self.spec.train, "train")
+        train = required(self.spec.train, "train")
         guard.refuse_same(train, self.spec.test)
         guard.refuse_same(train, self.spec.validation)
-        for name in _names(train):
+        for name in names_in(train):
             guard.refuse_test(name)
         examples = self._examples(train, "train")
         if self.cut_from_training("validation") and (split != "train" or self.hold_out):
@@ -181,7 +180,7 @@ class Own(ScoredElsewhere):
         return kept
 
     def _examples(self, name: str, split: Split) -> list[Example]:
-        rows = _read(name, split)
+        rows = read_named(name, split)
         if split == "train":
             guard.refuse_test_rows(rows.rows, rows.origin)
         if self.spec.messages is None and self.kind != "classification":
@@ -351,46 +350,11 @@ def _marks(given: Any, row: Row, origin: str) -> tuple[str | tuple[int, int], ..
     return tuple(found)
 
 
-def _names(train: str) -> list[str]:
-    """Return the names that tell whether data are meant for testing."""
-    if _is_file(train):
-        return [train]
-    hub = _hub(train, "train")
-    return [hub.split, *([hub.config] if hub.config else [])]
-
-
 def _form(form: str, row: Row, origin: str) -> str:
     """Return a field of a row, or a template filled from it."""
     if templates.field_names(form):
         return templates.fill_row(form, row, place(row, origin))
     return text(row, form, origin)
-
-
-def _given(name: str | None, split: str) -> str:
-    if not name:
-        raise DataError(
-            f"task.{split} is not given.",
-            f"Set task.{split} to a JSONL, CSV or parquet file, or a hub data set.",
-        )
-    return name
-
-
-def _is_file(name: str) -> bool:
-    return suffix_of(name) is not None or Path(name).expanduser().exists()
-
-
-def _hub(name: str, split: str) -> Hub:
-    base_name, _, given_split = name.partition("@")
-    repository, _, config = base_name.partition(":")
-    return Hub(repository, config or None, given_split or split)
-
-
-def _read(name: str, split: str) -> Rows:
-    if _is_file(name):
-        path = Path(name).expanduser()
-        return Rows(read_rows(path), str(path))
-    hub = _hub(name, split)
-    return Rows(load_hub(hub), str(hub))
 
 
 def _warn_if_glued(examples: Sequence[Example]) -> None:

@@ -1,4 +1,4 @@
-"""Where the rows of a named task come from: local files by name, or the hub."""
+"""Where rows come from: of a named task, local files or the hub; of own data, what a user names."""
 
 from __future__ import annotations
 
@@ -137,3 +137,48 @@ def load_hub(hub: Hub) -> list[Row]:
             "Check the name and the connection, or set task.data_dir to a folder with the files.",
         ) from error
     return [{**row, LINE: i} for i, row in enumerate(loaded, start=1)]
+
+
+def required(name: str | None, split: str) -> str:
+    """Return the name of the user's data for a split.
+
+    Raises:
+        DataError: If none is given.
+    """
+    if not name:
+        raise DataError(
+            f"task.{split} is not given.",
+            f"Set task.{split} to a JSONL, CSV or parquet file, or a hub data set.",
+        )
+    return name
+
+
+def read_named(name: str, split: str) -> Rows:
+    """Return the rows of a file, or of a hub set `owner/name`, `owner/name:config@split`.
+
+    Raises:
+        DataError: If there are none, or they cannot be read.
+    """
+    if _is_file(name):
+        path = Path(name).expanduser()
+        return Rows(read_rows(path), str(path))
+    hub = _hub(name, split)
+    return Rows(load_hub(hub), str(hub))
+
+
+def names_in(train: str) -> list[str]:
+    """Return the names that tell whether data are meant for testing."""
+    if _is_file(train):
+        return [train]
+    hub = _hub(train, "train")
+    return [hub.split, *([hub.config] if hub.config else [])]
+
+
+def _is_file(name: str) -> bool:
+    return suffix_of(name) is not None or Path(name).expanduser().exists()
+
+
+def _hub(name: str, split: str) -> Hub:
+    base_name, _, given_split = name.partition("@")
+    repository, _, config = base_name.partition(":")
+    return Hub(repository, config or None, given_split or split)

@@ -164,7 +164,7 @@ def _below(recipe: Recipe) -> dict[str, str]:
     place = recipe.model.adapter
     if not place or not Path(place).expanduser().is_dir():
         return {}
-    from reftune.model.checkpoint import stack_kinds
+    from reftune.model.artefact import stack_kinds
 
     return stack_kinds(place)
 
