@@ -10,6 +10,7 @@ import transformers as hf
 from contracts.architectures import COMMON, VOCAB, build
 from contracts.cached import (
     EXTRA,
+    FOUR,
     MODES,
     backward,
     batch,
@@ -23,8 +24,10 @@ from contracts.cached import (
 import reftune
 from reftune.errors import ModelError
 from reftune.model import causal, cutting, frozen, off
+from reftune.model.lookup import blocks_of
 from reftune.model.obstacles import obstacle
 from reftune.model.run import Runner
+from reftune.model.site import Site
 
 NAMES = ("llama", *EXTRA, "gpt2", "opt")
 OTHERS = ("mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "gpt_neox", "falcon")
@@ -69,7 +72,8 @@ def test_a_row_without_prefix(name, mode):
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", NAMES)
 def test_single_precision_agrees_to_rounding(name, mode):
-    assert worst(model_of(name, "l4").float(), mode) <= 1e-5
+    for places, layers in (("l4", "all"), ("last", "late"), ("response", "late")):
+        assert worst(model_of(name, places, layers).float(), mode) <= 1e-5, (places, layers)
 
 
 def test_edits_inside_a_block_start_one_block_lower():
@@ -108,8 +112,14 @@ def test_a_label_before_the_edit_moves_the_cut():
 @pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3_sliding"])
 def test_checkpointing_keeps_the_prefix(name, reentrant):
     # One new token without padding is the case in which a dropped cache is no error.
-    for places, prepared in (("l4", batch()), ("last", batch((12,), answers=1))):
-        model = model_of(name, places)
+    alone = batch((12,), answers=1)
+    for places, layers, prepared in (
+        ("l4", "all", batch()),
+        ("l4", "late", batch()),
+        ("last", "all", alone),
+        ("last", "late", alone),
+    ):
+        model = model_of(name, places, layers)
         new = cutting.split(model, prepared).prepared.input_ids.shape[1]
         assert new == (1 if places == "last" else 7)
         plain = backward(model, None, prepared)
@@ -193,6 +203,21 @@ def test_adapters_share_a_prefix_and_differ_per_row():
     assert torch.allclose(cached.logits, plain.logits, atol=1e-12)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_adapters_in_turn_share_one_prefill(monkeypatch, mode):
+    model, prepared = model_of("llama"), batch()
+    reftune.attach(model, "red", name="other", layers="all", positions="l4")
+    count, real = [], causal.prefill
+    monkeypatch.setattr(causal, "prefill", lambda *a: count.append(1) or real(*a))
+    run = Runner(model.double(), source_of(model, mode))
+    for name in ("default", "other", "default"):
+        reftune.use(model, name)
+        with torch.no_grad():
+            cached, plain = run(prepared).logits, Runner(model)(prepared).logits
+        assert torch.allclose(cached, plain, atol=1e-12)
+    assert len(count) == 1
+
+
 # Test 6: refusals
 
 
@@ -206,6 +231,7 @@ def test_adapters_share_a_prefix_and_differ_per_row():
         ("linear", "recurrent state"),
         ("mamba", "recurrent state"),
         ("base", "no intervention"),
+        ("both ways", "bidirectional"),
     ],
 )
 def test_what_is_not_constant_is_refused_by_name(change, reason):
@@ -225,6 +251,11 @@ def ineligible(change: str):
         config = hf.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
         model = hf.MambaForCausalLM(config)
         reftune.attach(model, "loreft", positions="l1")
+        return model.train()
+    if change == "both ways":
+        config = hf.Gemma3TextConfig(**FOUR, use_bidirectional_attention=True)
+        model = hf.Gemma3ForCausalLM(config)
+        reftune.attach(model, "loreft", positions="last")
         return model.train()
     if change == "base":
         return build("llama").train()
@@ -257,6 +288,13 @@ def test_packed_rows_and_holes_take_the_plain_path():
     assert cutting.split(model, packed) is None
 
 
+@pytest.mark.parametrize("key", ["token_type_ids", "pixel_values"])
+def test_images_and_blocks_that_see_ahead_take_the_plain_path(key):
+    prepared = batch((20, 20))
+    prepared.extra = {key: torch.ones(2, 24)}
+    assert cutting.split(model_of("llama"), prepared) is None
+
+
 def test_a_skipped_block_that_is_read_is_an_error():
     layer = frozen.FrozenLayer(None, None, 4, None)
     with pytest.raises(ModelError, match="causal: recompute"):
@@ -266,20 +304,49 @@ def test_a_skipped_block_that_is_read_is_an_error():
 # Test 7: nothing is left behind
 
 
-@pytest.mark.parametrize("mode", ["recompute", "start"])
-def test_nothing_stays_on_the_model_after_an_error(mode):
-    model = model_of("llama", "last", "late")
+def state_of(model):
+    """Return what a pass may not leave changed: flags, instance attributes and hooks."""
+
+    def same(value):
+        if isinstance(value, dict):
+            return [(key, id(one)) for key, one in value.items()]
+        return value if isinstance(value, bool | int | float | str) else id(value)
+
+    blocks = (m for m in model.modules() if not isinstance(m, Site))  # sites keep their last plan
+    return [{key: same(value) for key, value in vars(m).items()} for m in blocks]
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_stays_on_the_model_after_an_error(name, mode):
+    model = model_of(name, "last", "late")
     model.gradient_checkpointing_enable({"use_reentrant": False})
-    before = [(dict(m.__dict__), len(m._forward_hooks)) for m in model.modules()]
     suffix = cutting.split(model, batch())
     given = source_of(model, mode)(suffix)
+    before = state_of(model)
     with pytest.raises(KeyboardInterrupt), causal.running(model, suffix, given):
+        assert state_of(model) != before
         raise KeyboardInterrupt
-    for module, (attributes, hooks) in zip(model.modules(), before):
-        assert set(module.__dict__) == set(attributes), type(module)
-        assert len(module._forward_hooks) == hooks
-        assert "forward" not in module.__dict__
-    assert all(m.training for m in model.modules())
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("name", NAMES)
+def test_nothing_stays_on_the_model_after_an_error_in_the_prefill(name, mode):
+    model = model_of(name, "last", "late")
+    suffix, source = cutting.split(model, batch()), source_of(model, mode)
+    block = blocks_of(model).modules[-2]
+
+    def fail(*_):
+        raise KeyboardInterrupt
+
+    before = state_of(model)
+    hook = block.register_forward_pre_hook(fail)
+    with pytest.raises(KeyboardInterrupt):
+        source(suffix)
+    hook.remove()
+    assert state_of(model) == before
+    assert worst(model, mode) <= 1e-12
 
 
 def test_generation_is_as_before():
@@ -304,10 +371,15 @@ def test_another_forward_of_a_block_is_put_back():
 # Test 9: padded columns
 
 
-def test_padded_columns_of_a_prefix_are_zero():
+@pytest.mark.parametrize("mode", MODES)
+def test_padded_columns_of_a_prefix_are_zero(mode):
     model = model_of("llama", attention="eager")
-    given = causal.Recompute(model)(cutting.split(model, batch()))
-    for layer in given.prefix.layers:
+    source = source_of(model, mode)
+    source(cutting.split(model, batch()))  # a store answers from what it kept the second time
+    given = source(cutting.split(model, batch()))
+    held = [layer for layer in given.prefix.layers if layer.keys is not None]
+    assert len(held) == 3 - (mode == "start")  # block 0 is not run then
+    for layer in held:
         assert torch.isfinite(layer.keys).all() and torch.isfinite(layer.values).all()
         assert not layer.keys[2, :, :6].any() and not layer.values[2, :, :6].any()
         assert layer.keys[2, :, 6:].abs().sum(-1).gt(0).all()
